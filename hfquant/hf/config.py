@@ -1,0 +1,218 @@
+"""``HfQuantConfig``: what a user asks for, checked field by field, and what ``config.json`` keeps of it."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from transformers.quantizers import register_quantization_config
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hfquant.errors import ConfigError
+from hfquant.formats.native import FORMAT_VERSION
+from hfquant.schemes import MAX_GROUP_SIZE, ModuleOverride, ModulePattern, QuantizationSettings
+
+
+QUANT_METHOD = "hfquant"
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "quantization_bits": (8, 4),
+    "quantization_type": ("dynamic", "static", "weight_only"),
+    "symmetric": (True, False),
+    "algorithm": ("rtn", "search"),
+    "embedding_bits": (16, 8, 4),
+    "backend": ("hfquant",),
+    "strict": (True, False),
+    "dequantize": (True, False),
+}
+"""Field -> the values it takes, beside ``None`` for "not set"."""
+
+OVERRIDE_CHOICES: dict[str, tuple[Any, ...]] = {
+    "quantization_bits": (16, 8, 4),
+    "quantization_type": CHOICES["quantization_type"],
+    "symmetric": (True, False),
+}
+"""The same for the fields of one entry of ``overrides``; ``group_size`` is allowed there too."""
+
+USER_FIELDS = (*CHOICES, "group_size", "skip_modules", "overrides")
+RECORD_FIELDS = ("quant_method", "format_version", "hfquant_version", "modules", "save_id")
+LOAD_ONLY_FIELDS = ("dequantize", "strict")
+
+
+class HfQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How to quantize a model with hfquant; pass it as ``quantization_config`` to ``from_pretrained``.
+
+    Every field left at ``None`` is resolved by ``resolve``; only what is said explicitly can be in conflict.
+
+    Args:
+        quantization_bits: Bits of the weights, 8 (default) or 4.
+        quantization_type: ``"weight_only"`` (default for 4 bits), ``"dynamic"`` (INT8 activations, one scale per token
+            at run time; default for 8 bits) or ``"static"`` (INT8 activations, scales from calibration data).
+        group_size: Inputs that share a scale; -1 means one scale per output channel. ``None`` takes one scale per
+            channel for 8 bits; for 4 bits the largest of 64, 32, 16 (128 too above a billion parameters) that divides
+            the layer's inputs. A size that is given never changes: layers it does not divide are an error.
+        symmetric: Without zero points (default ``True``).
+        algorithm: ``"search"`` (default) or ``"rtn"`` (round to nearest).
+        embedding_bits: Bits of the input embedding and the output head, 8 (default), 4, or 16 to keep them in float.
+        skip_modules: Names, parts of names (``"mlp.down_proj"``) or globs of modules to keep in float.
+        overrides: Module name, part or glob -> fields that differ there (``quantization_bits`` 16, 8 or 4,
+            ``quantization_type``, ``group_size``, ``symmetric``); a later entry wins.
+        backend: ``"hfquant"``.
+        strict: Raise if a linear layer would stay in float although nobody asked for it.
+        dequantize: On loading a quantized checkpoint, return the float model of its values.
+        record: What a checkpoint adds (``modules``, ``save_id``, ``format_version``, ...); not for users.
+
+    Raises:
+        ConfigError: For an unknown field, a value of the wrong type or out of range.
+    """
+
+    def __init__(
+        self,
+        quantization_bits: int | None = None,
+        quantization_type: str | None = None,
+        group_size: int | None = None,
+        symmetric: bool | None = None,
+        algorithm: str | None = None,
+        embedding_bits: int | None = None,
+        skip_modules: list[str] | None = None,
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        backend: str | None = None,
+        strict: bool | None = None,
+        dequantize: bool | None = None,
+        **record: Any,
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.quantization_bits = quantization_bits
+        self.quantization_type = quantization_type
+        self.group_size = group_size
+        self.symmetric = symmetric
+        self.algorithm = algorithm
+        self.embedding_bits = embedding_bits
+        self.skip_modules = skip_modules
+        self.overrides = overrides
+        self.backend = backend
+        self.strict = strict
+        self.dequantize = dequantize
+        self.modules: dict[str, str] | None = record.pop("modules", None)
+        self.format_version: Any = record.pop("format_version", FORMAT_VERSION)
+        self.hfquant_version: Any = record.pop("hfquant_version", None)
+        self.save_id: Any = record.pop("save_id", None)
+        if record.pop("quant_method", QUANT_METHOD) != QUANT_METHOD:
+            raise ConfigError(f"quant_method: expected {QUANT_METHOD!r}")
+        for name in record:
+            raise ConfigError(f"{name} is not a field of HfQuantConfig{nearest(name, USER_FIELDS + RECORD_FIELDS)}")
+        self.check()
+
+    def check(self) -> None:
+        """Check every field.
+
+        Raises:
+            ConfigError: Naming the field, what was given and what is allowed.
+        """
+        for name, choices in CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        check_group_size("group_size", self.group_size)
+        if self.skip_modules is not None:
+            if not isinstance(self.skip_modules, (list, tuple)):
+                raise ConfigError(f"skip_modules={self.skip_modules!r}: expected a list of module names or globs")
+            for pattern in self.skip_modules:
+                ModulePattern(pattern)
+        self._overrides()
+
+    def _overrides(self) -> tuple[ModuleOverride, ...]:
+        if self.overrides is None:
+            return ()
+        if not isinstance(self.overrides, Mapping):
+            raise ConfigError(f"overrides={self.overrides!r}: expected a mapping of module pattern to fields")
+        return tuple(_read_override(pattern, fields) for pattern, fields in self.overrides.items())
+
+    def resolve(self) -> QuantizationSettings:
+        """The settings with every default filled in: the one place where defaults are."""
+        self.check()
+        bits = 8 if self.quantization_bits is None else self.quantization_bits
+        default_type = "dynamic" if bits == 8 else "weight_only"
+        return QuantizationSettings(
+            bits=bits,  # type: ignore[arg-type]
+            quantization_type=self.quantization_type or default_type,  # type: ignore[arg-type]
+            group_size=self.group_size,
+            symmetric=True if self.symmetric is None else self.symmetric,
+            embedding_bits=8 if self.embedding_bits is None else self.embedding_bits,
+            skip_modules=tuple(ModulePattern(pattern) for pattern in self.skip_modules or ()),
+            overrides=self._overrides(),
+        )
+
+    @property
+    def resolved_algorithm(self) -> str:
+        """The algorithm that chooses scales."""
+        return self.algorithm or "search"
+
+    def freeze(self, modules: Mapping[str, str], version: str) -> None:
+        """Write the decisions down, so that loading repeats none of them."""
+        settings = self.resolve()
+        self.quantization_bits, self.quantization_type = settings.bits, settings.quantization_type
+        self.symmetric, self.embedding_bits = settings.symmetric, settings.embedding_bits
+        self.algorithm, self.backend = self.resolved_algorithm, "hfquant"
+        self.modules, self.hfquant_version, self.format_version = dict(modules), version, FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields for ``config.json``: what is set, without what only matters while loading."""
+        fields = super().to_dict()
+        return {key: value for key, value in fields.items() if value is not None and key not in LOAD_ONLY_FIELDS}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Fields that a user may pass for a checkpoint that is quantized already."""
+        return {"dequantize": self.dequantize}
+
+
+def _read_override(pattern: str, fields: Any) -> ModuleOverride:
+    where = f"overrides[{pattern!r}]"
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"{where}={fields!r}: expected a mapping of fields")
+    for name, value in fields.items():
+        if name == "group_size":
+            check_group_size(f"{where}.group_size", value)
+        elif name in OVERRIDE_CHOICES:
+            check_choice(f"{where}.{name}", value, OVERRIDE_CHOICES[name])
+        else:
+            raise ConfigError(f"{where}.{name} is not a field{nearest(name, (*OVERRIDE_CHOICES, 'group_size'))}")
+    return ModuleOverride(
+        ModulePattern(pattern),
+        bits=fields.get("quantization_bits"),
+        quantization_type=fields.get("quantization_type"),
+        group_size=fields.get("group_size"),
+        symmetric=fields.get("symmetric"),
+    )
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Accept ``None`` or one of ``choices``, of the same type (``True`` is not 1).
+
+    Raises:
+        ConfigError: Otherwise.
+    """
+    if value is None or any(type(value) is type(choice) and value == choice for choice in choices):
+        return
+    allowed = ", ".join(repr(choice) for choice in choices)
+    close = nearest(value, tuple(c for c in choices if isinstance(c, str))) if isinstance(value, str) else ""
+    raise ConfigError(f"{name}={value!r}: expected {'one of ' if len(choices) > 1 else ''}{allowed}{close}")
+
+
+def check_group_size(name: str, value: Any) -> None:
+    """Accept ``None``, -1 or a size from 8 to 65536.
+
+    Raises:
+        ConfigError: Otherwise.
+    """
+    if value is None or (type(value) is int and (value == -1 or 8 <= value <= MAX_GROUP_SIZE)):
+        return
+    raise ConfigError(f"{name}={value!r}: expected an integer from 8 to {MAX_GROUP_SIZE}, or -1 for one per channel")
+
+
+def nearest(name: str, known: tuple[str, ...]) -> str:
+    """``"; did you mean ...?"`` for a misspelt name, or the known names."""
+    close = get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}" if known else ""
+
+
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(QUANT_METHOD)(HfQuantConfig)

@@ -1,0 +1,124 @@
+"""``quantize_model_ptq`` and ``dequantize_model``: whole models in memory, in place."""
+
+import copy
+import warnings
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.base import _assign_is_quantized
+
+from hfquant.errors import CalibrationError, ConfigError
+from hfquant.hf.config import QUANT_METHOD, HfQuantConfig
+from hfquant.hf.quantizer import HfQuantQuantizer
+from hfquant.hf.roles import tie_companions
+from hfquant.nn.select import Selection
+from hfquant.nn.swap import packed_modules, restore_modules_
+from hfquant.ptq.calibrate import calibrate_input_scales_
+from hfquant.ptq.quantize import quantize_modules_
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def quantize_model_ptq(
+    model: Model,
+    config: HfQuantConfig | None = None,
+    *,
+    calibration_data: Iterable[Any] | None = None,
+    progress: bool = True,
+    **overrides: Any,
+) -> Model:
+    """Quantize a trained float model after training, in place.
+
+    Afterwards a Transformers model is what ``from_pretrained`` would have given: it saves, reloads, pushes and
+    dequantizes alike. A plain ``nn.Module`` is saved with ``save_quantized``.
+
+    Args:
+        model: Float model (float32, bfloat16 or float16), a ``PreTrainedModel`` or any ``nn.Module``.
+        config: What to do; ``None`` starts from the defaults.
+        calibration_data: Batches that the model is called with, for ``quantization_type="static"``: mappings of its
+            arguments, tuples, or tensors.
+        progress: Show progress bars.
+        **overrides: Fields of ``HfQuantConfig`` that replace those of ``config``; ``quantization_bits=4`` alone works.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ConfigError: If a field is wrong, does not fit the model, or the model is quantized already.
+        CalibrationError: If calibration data is missing, empty or does not reach every static layer.
+        SchemeError: If a weight holds NaN or infinity.
+    """
+    fields = {} if config is None else {k: v for k, v in vars(config).items() if k != "quant_method"}
+    config = HfQuantConfig(**copy.deepcopy(fields) | overrides)
+    if next(packed_modules(model), None) is not None or getattr(model, "is_quantized", False):
+        raise ConfigError("the model is quantized already; call dequantize_model(model) first")
+    quantizer = HfQuantQuantizer(config, pre_quantized=False)
+    quantizer.select(model)
+    selection, algorithm = quantizer.selection, config.resolved_algorithm
+    static = any(scheme.quantization_type == "static" for scheme in selection.schemes.values())
+    _check_calibration_data(calibration_data, static=static, config=config)
+    training = model.training
+    quantize_modules_(model, selection, algorithm=algorithm, progress=progress)
+    if static:
+        assert calibration_data is not None
+        calibrate_input_scales_(model, calibration_data, progress=progress)
+    config.freeze({name: str(scheme) for name, scheme in selection.schemes.items()}, version("hfquant"))
+    quantizer.pre_quantized = True
+    _attach(model, quantizer, selection)
+    model.train(training)
+    return model
+
+
+def _check_calibration_data(data: Iterable[Any] | None, *, static: bool, config: HfQuantConfig) -> None:
+    if static and data is None:
+        raise CalibrationError(
+            "quantization_type='static' needs calibration_data: an iterable of batches that the model is called with"
+        )
+    if not static and data is not None:
+        settings = config.resolve()
+        warnings.warn(
+            f"calibration_data is not used: quantization_type={settings.quantization_type!r} with algorithm="
+            f"{config.resolved_algorithm!r} needs none",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _attach(model: nn.Module, quantizer: HfQuantQuantizer, selection: Selection) -> None:
+    """Leave ``model`` as ``from_pretrained`` leaves a quantized one."""
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    if not isinstance(model, PreTrainedModel):
+        return
+    model.is_quantized, model.quantization_method = True, QUANT_METHOD
+    model.config.quantization_config = quantizer.quantization_config
+    tie_companions(model, selection.ties)
+    model._weight_conversions = []
+    _assign_is_quantized(model)
+
+
+def dequantize_model(model: Model, dtype: torch.dtype = torch.float32) -> Model:
+    """Turn a quantized model into a standard float model that computes with the quantized weights' values, in place.
+
+    Args:
+        model: Model quantized by hfquant.
+        dtype: Of all its parameters afterwards.
+
+    Returns:
+        ``model``: its original module classes, no quantization parameter, no trace of quantization in its config.
+
+    Raises:
+        ConfigError: If the model is not quantized by hfquant.
+    """
+    if next(packed_modules(model), None) is None:
+        raise ConfigError("the model is not quantized by hfquant: there is nothing to dequantize")
+    if isinstance(model, PreTrainedModel):
+        model.dequantize(dtype)
+        return model
+    restore_modules_(model, dtype)
+    del model.hf_quantizer
+    return model.to(dtype)

@@ -1,0 +1,225 @@
+"""``HfQuantQuantizer``: what Transformers calls while it loads, saves and dequantizes a model."""
+
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.quantizers import HfQuantizer, auto, register_quantizer
+from transformers.utils import logging
+
+from hfquant.errors import ConfigError, HfQuantError
+from hfquant.formats.native import SAVE_ID_KEY, content_metadata
+from hfquant.hf.checkpoint import check_checkpoint, read_modules
+from hfquant.hf.config import QUANT_METHOD, HfQuantConfig
+from hfquant.hf.roles import model_roles, tie_companions, untie_companions
+from hfquant.nn.packed_module import PackedModule, companion_name
+from hfquant.nn.select import Selection, select_modules, unmatched_patterns
+from hfquant.nn.swap import packed_modules, restore_modules_, swap_modules_
+from hfquant.ptq.quantize_weight import quantize_weight
+
+
+logger = logging.get_logger(__name__)
+
+
+class QuantizeWhileLoading(ConversionOps):  # type: ignore[misc]
+    """Turns one float tensor of a checkpoint into packed ones, as soon as it is read."""
+
+    def __init__(self, hf_quantizer: "HfQuantQuantizer") -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        """Quantize the only tensor of ``input_dict``; returns it and its companions by name."""
+        ((name, value),) = input_dict.items()
+        model = kwargs["model"]
+        tensor = value[0] if isinstance(value, list) else value
+        return self.hf_quantizer.quantize_parameter(model, kwargs.get("full_layer_name") or name, tensor)
+
+
+class HfQuantQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Quantizes on the fly while loading, or loads what was quantized before.
+
+    Attributes:
+        selection: What is quantized and what is kept, with reasons.
+        error: The first error while quantizing on the fly. Transformers reports errors of single tensors as a table
+            and a RuntimeError without cause; this one is raised in its place.
+    """
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: HfQuantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.selection = Selection()
+        self.error: HfQuantError | None = None
+        self.filled: set[str] = set()
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what would go wrong silently.
+
+        Raises:
+            ConfigError: For static activations without calibration, and for quantizing on the fly to disk.
+        """
+        if self.pre_quantized:
+            return
+        if self.quantization_config.resolve().quantization_type == "static":
+            raise ConfigError(
+                "quantization_type='static' needs calibration data, which from_pretrained cannot take; load the float model "
+                "and call quantize_model_ptq(model, quantization_type='static', calibration_data=...)"
+            )
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ConfigError(
+                "device_map sends layers to disk; quantizing while loading cannot. Quantize and save the model first, "
+                "then load the saved one with this device_map"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        config = self.quantization_config
+        if self.pre_quantized:
+            schemes = read_modules(config, model)
+            ties = {name: owner for name, owner in module_ties(model).items() if name in schemes and owner in schemes}
+            self.selection = Selection(schemes, {}, ties)
+        else:
+            self.select(model)
+        swap_modules_(model, self.selection.schemes, self.selection.ties)
+        tie_companions(model, self.selection.ties)
+        if self.pre_quantized and checkpoint_files is not None:
+            check_checkpoint(model, checkpoint_files, config)
+        return model
+
+    def select(self, model: PreTrainedModel) -> None:
+        """Decide what to quantize and write it into the config.
+
+        Raises:
+            ConfigError: If the settings do not fit the model.
+        """
+        config = self.quantization_config
+        settings = config.resolve()
+        patterns = (*settings.skip_modules, *(override.pattern for override in settings.overrides))
+        for text in unmatched_patterns(patterns, model):
+            logger.warning(f"hfquant: {text!r} in skip_modules or overrides matches no module of {type(model).__name__}")
+        self.selection = select_modules(model, settings, model_roles(model), strict=bool(config.strict))
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether ``param_name`` is a float tensor that has to be packed now."""
+        if self.pre_quantized:
+            return False  # or Transformers would accept tensors of any shape
+        module_name, _, key = param_name.rpartition(".")
+        module = model.get_submodule(module_name)
+        return isinstance(module, PackedModule) and key in module.float_weights
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The operation that packs one tensor."""
+        return QuantizeWhileLoading(self)
+
+    def quantize_parameter(self, model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Packed tensors, by full name, for the float tensor ``name``."""
+        module_name, _, key = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        assert isinstance(module, PackedModule)
+        self.filled.add(module_name)
+        try:
+            rows = module.float_weights[key].to_rows(tensor)
+            result = quantize_weight(
+                rows, module.scheme.weight, algorithm=self.quantization_config.resolved_algorithm, name=name
+            )
+        except HfQuantError as error:
+            self.error = self.error or error
+            raise
+        module.sqnr_db[key] = result.sqnr_db
+        named = zip(("", "scale", "zero_point"), result.packed, strict=True)
+        prefix = f"{module_name}." if module_name else ""
+        return {prefix + (companion_name(key, s) if s else key): t for s, t in named if t is not None}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.error is not None:
+            raise self.error
+        if not self.pre_quantized:
+            self._restore_unfilled(model)
+        # The names in our files are those of the state dict; there is nothing to convert back on saving.
+        model._weight_conversions = []
+        if self.pre_quantized and self.quantization_config.dequantize:
+            return dequantize_in_place(model, model.dtype)
+        self.quantization_config.freeze({n: str(s) for n, s in self.selection.schemes.items()}, version("hfquant"))
+        self.pre_quantized = True
+        return model
+
+    def _restore_unfilled(self, model: PreTrainedModel) -> None:
+        """Weights the checkpoint does not have (a new classifier, say) stay float and are initialised as ever."""
+        for name, module in list(packed_modules(model)):
+            if name in self.filled or name in self.selection.ties:
+                continue
+            module.restore_()
+            model._init_weights(module)
+            del self.selection.schemes[name]
+            self.selection.kept[name] = "not in the checkpoint: newly initialised"
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """Called by ``save_pretrained`` first: hashes the content, and puts the save id into config and shards."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        state_dict = model.state_dict()
+        for key in model._keys_to_ignore_on_save or ():
+            state_dict.pop(key, None)
+        state_dict = remove_tied_weights_from_state_dict(state_dict, model)
+        metadata = content_metadata(state_dict)
+        self.quantization_config.save_id = metadata[SAVE_ID_KEY]
+        return state_dict, metadata
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return dequantize_in_place(model, dtype)
+
+    def is_serializable(self) -> bool:
+        """Quantized models are saved like any other."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train on top; gradients flow through packed layers."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Packed integers themselves do not train."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Packed layers are ops that torch.compile keeps whole."""
+        return True
+
+
+def module_ties(model: PreTrainedModel) -> dict[str, str]:
+    """Module name -> module whose weight it is tied to, as Transformers declares it."""
+    ties = {}
+    for target, source in (model.all_tied_weights_keys or {}).items():
+        if target.endswith(".weight") and source.endswith(".weight"):
+            ties[target.removesuffix(".weight")] = source.removesuffix(".weight")
+    return ties
+
+
+def dequantize_in_place(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Float modules again, everything in ``dtype``; how the checkpoint was loaded is forgotten."""
+    restore_modules_(model, dtype)
+    untie_companions(model)
+    if dtype is not None and any(p.dtype != dtype for p in model.parameters() if p.is_floating_point()):
+        model.is_quantized = False
+        model.to(dtype)
+    if "_weight_conversions" in model.__dict__:
+        del model._weight_conversions
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.__dict__.pop("_is_quantized", None)
+    return model
+
+
+if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+    register_quantizer(QUANT_METHOD)(HfQuantQuantizer)
+if HfQuantConfig not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
+    # Without this a config passed for a quantized checkpoint (dequantize=True) is ignored.
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (HfQuantConfig,)

@@ -1,0 +1,65 @@
+"""What a Transformers model says about itself: embeddings, heads, ties, and what it keeps in float32."""
+
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hfquant.nn.packed_module import companion_name
+from hfquant.nn.select import ModelRoles
+from hfquant.schemes import ModulePattern
+
+
+def model_roles(model: nn.Module) -> ModelRoles:
+    """The roles of the modules of ``model``; in a plain module every ``nn.Embedding`` is an input embedding."""
+    names = {id(module): name for name, module in model.named_modules()}
+    if not isinstance(model, PreTrainedModel):
+        embeddings = frozenset(name for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+        return ModelRoles(embeddings=embeddings)
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    embeddings = frozenset(names[id(m)] for part in parts for m in _asked(part, "get_input_embeddings") if id(m) in names)
+    heads = frozenset(names[id(m)] for part in parts for m in _asked(part, "get_output_embeddings") if id(m) in names)
+    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    for target, source in ties.items():
+        if source.rpartition(".")[0] in embeddings:
+            # An encoder's copy of the table, say, that no accessor names.
+            embeddings |= {target.rpartition(".")[0]} - heads
+    return ModelRoles(embeddings=embeddings, heads=heads, ties=ties, float32=tuple(_float32_patterns(parts)))
+
+
+def _asked(part: PreTrainedModel, method: str) -> Iterator[nn.Module]:
+    """What ``part`` answers, if it does; models without such a module raise or return ``None``."""
+    try:
+        module = getattr(part, method)()
+    except (NotImplementedError, AttributeError):
+        return
+    if isinstance(module, nn.Module):
+        yield module
+
+
+def _float32_patterns(parts: list[PreTrainedModel]) -> Iterator[ModulePattern]:
+    for part in parts:
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            for name in getattr(part, attribute, None) or ():
+                yield ModulePattern(name)
+
+
+def tie_companions(model: PreTrainedModel, ties: dict[str, str]) -> None:
+    """Tell Transformers that modules which share a packed weight share its scales too.
+
+    Args:
+        model: Model whose ``all_tied_weights_keys`` gains the companions.
+        ties: Module name -> module that owns the packed parameters.
+    """
+    for name, owner in ties.items():
+        for suffix in ("scale", "zero_point"):
+            key = companion_name("weight", suffix)
+            if model.get_submodule(name)._parameters.get(key) is not None:
+                model.all_tied_weights_keys[f"{name}.{key}"] = f"{owner}.{key}"
+
+
+def untie_companions(model: PreTrainedModel) -> None:
+    """Undo ``tie_companions``."""
+    suffixes = tuple(companion_name("weight", suffix) for suffix in ("scale", "zero_point"))
+    for key in [key for key in model.all_tied_weights_keys if key.endswith(suffixes)]:
+        del model.all_tied_weights_keys[key]

@@ -1,0 +1,76 @@
+"""Fused experts of a mixture (Mixtral, Qwen3-MoE, ...) on packed weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfquant.nn.packed_module import FloatWeight, PackedModule
+from hfquant.nn.quant_linear import LINEAR_OPS
+
+
+class QuantExperts(PackedModule):
+    """All experts of one layer, with weights ``[E, N, K]``; routes tokens as Transformers' own experts do.
+
+    Stands for the classes that Transformers marks with ``use_experts_implementation``: ``gate_up_proj`` (or ``up_proj``
+    where there is no gate) and ``down_proj``, with optional biases, concatenated or interleaved gates.
+    """
+
+    @staticmethod
+    def stands_for(module: nn.Module) -> bool:
+        """Whether ``module`` keeps its experts in the way this class computes them."""
+        first = "gate_up_proj" if getattr(module, "has_gate", None) else "up_proj"
+        parameters = module._parameters
+        return (
+            all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "num_experts", "act_fn"))
+            and not getattr(module, "has_post_expert_norm", False)
+            and all(getattr(parameters.get(name), "ndim", 0) == 3 for name in (first, "down_proj"))
+        )
+
+    @staticmethod
+    def weights_of(module: nn.Module) -> dict[str, FloatWeight]:
+        """The 3-D parameters, as ``[E, N, K]``."""
+        transposed = bool(module.is_transposed)
+        weights = {}
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.ndim == 3:
+                *experts, rows, columns = parameter.shape
+                shape = (*experts, columns, rows) if transposed else (*experts, rows, columns)
+                weights[name] = FloatWeight(shape, transposed)
+        return weights
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sum of the chosen experts.
+
+        Args:
+            hidden_states: Tokens ``[M, K]``.
+            top_k_index: Chosen experts of each token ``[M, top_k]``, int64; ``num_experts`` means none.
+            top_k_weights: Their weights ``[M, top_k]``.
+
+        Returns:
+            ``[M, K]`` in the dtype of ``hidden_states``.
+        """
+        out = torch.zeros_like(hidden_states)
+        experts: int = self.num_experts  # type: ignore[assignment]
+        chosen = torch.nn.functional.one_hot(top_k_index, experts + 1).permute(2, 1, 0)[:experts]
+        for expert in chosen.sum((-1, -2)).nonzero().flatten().tolist():
+            slot, token = torch.where(chosen[expert])
+            state = self._expert(expert, hidden_states[token]) * top_k_weights[token, slot, None]
+            out.index_add_(0, token, state.to(out.dtype))
+        return out
+
+    def _expert(self, expert: int, x: Tensor) -> Tensor:
+        float_class: Any = self.float_class
+        if self.has_gate:
+            return self._linear("down_proj", expert, float_class._apply_gate(self, self._linear("gate_up_proj", expert, x)))
+        act_fn: Any = self.act_fn
+        return self._linear("down_proj", expert, act_fn(self._linear("up_proj", expert, x)))
+
+    def _linear(self, name: str, expert: int, x: Tensor) -> Tensor:
+        packed, bias = self.packed(name), self._parameters.get(f"{name}_bias")
+        return LINEAR_OPS[self.scheme.weight.bits](
+            x,
+            *(None if tensor is None else tensor[expert] for tensor in packed),
+            bias=None if bias is None else bias[expert],
+            **self.activation_arguments(x, name),
+        )

@@ -1,0 +1,41 @@
+"""The linear layer on packed weights."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from hfquant.kernels.int4_linear import int4_linear
+from hfquant.kernels.int8_linear import int8_linear
+from hfquant.nn.packed_module import FloatWeight, PackedModule
+
+
+LINEAR_OPS: dict[int, Callable[..., Tensor]] = {4: int4_linear, 8: int8_linear}
+"""The linear op for each number of bits."""
+
+
+class QuantLinear(PackedModule, nn.Linear):
+    """``x @ weight.T + bias`` on a packed weight ``[N, K]``; stands for ``nn.Linear`` and Transformers' ``Conv1D``."""
+
+    @staticmethod
+    def weights_of(module: nn.Module) -> dict[str, FloatWeight]:
+        """The weight, as ``[N, K]``; ``Conv1D`` keeps it as ``[K, N]``."""
+        shape = module.weight.shape
+        assert isinstance(shape, tuple)
+        if isinstance(module, nn.Linear):
+            return {"weight": FloatWeight(tuple(shape))}
+        return {"weight": FloatWeight(tuple(shape)[::-1], transposed=True)}
+
+    @property
+    def in_features(self) -> int:  # type: ignore[override]
+        """K."""
+        return self.float_weights["weight"].shape[1]
+
+    @property
+    def out_features(self) -> int:  # type: ignore[override]
+        """N."""
+        return self.float_weights["weight"].shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``x [..., K]``; returns ``[..., N]`` in the dtype of ``x``."""
+        op = LINEAR_OPS[self.scheme.weight.bits]
+        return op(x, *self.packed(), bias=self.bias, **self.activation_arguments(x))

@@ -1,0 +1,24 @@
+"""How far a quantized tensor or distribution is from the original."""
+
+import torch
+from torch import Tensor
+
+
+def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
+    """Signal to quantization noise ratio in decibels, ``10 log10(|x|^2 / |x - y|^2)``; infinite when equal."""
+    signal = reference.double().square().sum()
+    noise = (reference.double() - approximation.double()).square().sum()
+    if noise == 0:
+        return float("inf")
+    return float(10 * torch.log10(signal / noise))
+
+
+def kl_divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference || model) per position in nats, from logits ``[..., V]``; computed in float64.
+
+    Returns:
+        Divergence ``[...]``, float64, not negative up to rounding.
+    """
+    reference = torch.log_softmax(reference_logits.double(), dim=-1)
+    other = torch.log_softmax(logits.double(), dim=-1)
+    return (reference.exp() * (reference - other)).sum(-1)

@@ -1,0 +1,38 @@
+"""Ranges of activations seen during calibration."""
+
+import torch
+from torch import Tensor
+
+from hfquant.errors import CalibrationError
+from hfquant.numerics.affine import round_scale
+
+
+class AbsMaxObserver:
+    """Largest magnitude of everything observed.
+
+    Attributes:
+        absmax: Largest ``|x|`` so far, in units of x; 0.0 before the first observation.
+        rows: Rows observed.
+    """
+
+    def __init__(self) -> None:
+        self.absmax = 0.0
+        self.rows = 0
+
+    def observe(self, x: Tensor) -> None:
+        """Take in activations ``[..., K]``, any floating dtype."""
+        if x.numel():
+            self.absmax = max(self.absmax, float(x.detach().abs().amax()))
+            self.rows += x.numel() // x.shape[-1]
+            if self.absmax != self.absmax or self.absmax == float("inf"):
+                raise CalibrationError("activations are NaN or infinite")
+
+    def scale(self) -> Tensor:
+        """Static INT8 scale ``[1]``, ``absmax / 127``, float32 and bfloat16-representable.
+
+        Raises:
+            CalibrationError: If nothing was observed.
+        """
+        if self.rows == 0:
+            raise CalibrationError("no activation was observed")
+        return round_scale(torch.tensor([self.absmax / 127]))

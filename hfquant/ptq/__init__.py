@@ -1,0 +1,1 @@
+"""Post-training quantization: one file per algorithm, and the loop over a model."""
