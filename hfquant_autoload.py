@@ -1,8 +1,8 @@
 """Lets Transformers find hfquant in programs that never import it.
 
-``import torch`` calls ``register`` (entry point group ``torch.backends``). It imports nothing heavy and never fails: it only
-watches for the import of Transformers' loading code, and then makes a checkpoint with ``quant_method: hfquant`` import
-hfquant before it is loaded. ``HFQUANT_AUTOLOAD=0`` switches it off.
+``import torch`` calls ``register`` (entry point group ``torch.backends``). It imports nothing heavy and never fails: it
+only watches for the import of Transformers' loading code, and then makes a checkpoint with ``quant_method: hfquant``
+import hfquant before it is loaded. ``HFQUANT_AUTOLOAD=0`` switches it off.
 """
 
 import functools

@@ -19,7 +19,7 @@ The metadata of every shard (strings) holds:
 
     format            "pt"
     hfquant_save_id   as in config.json
-    hfquant_sha256    JSON: tensor name -> sha256 of its bytes, for all tensors of all shards, for `hfquant verify`
+    hfquant_sha256    JSON: tensor name -> sha256 of its bytes, for the tensors of all shards, for `hfquant verify`
 
 The save id is the first half of the sha256 of that JSON: equal content has an equal id, whoever wrote it and whenever.
 """
@@ -61,7 +61,7 @@ def tensor_sha256(tensor: Tensor) -> str:
     if data.numel() == 0:
         return hashlib.sha256(b"").hexdigest()
     flat = data.reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def check_format_version(version: Any, written_by: Any) -> None:

@@ -117,7 +117,7 @@ def check_save_id(headers: Iterable[Header], save_id: Any) -> None:
         FormatError: If the config has no save id, or a file another one.
     """
     if not isinstance(save_id, str) or not save_id:
-        raise FormatError(f"quantization_config.save_id={save_id!r}: expected the id of the save; config.json is damaged")
+        raise FormatError(f"quantization_config.save_id={save_id!r}: expected an id; config.json is damaged")
     for header in headers:
         found = header.metadata.get(SAVE_ID_KEY)
         if found != save_id:
@@ -158,7 +158,9 @@ def _describe(want: ExpectedTensor) -> str:
     return f"{' or '.join(sorted(want.dtypes))} {list(want.shape)}"
 
 
-def check_values(found: Mapping[str, StoredTensor], expected: Mapping[str, ExpectedTensor], stored_names: Mapping[str, str]) -> None:
+def check_values(
+    found: Mapping[str, StoredTensor], expected: Mapping[str, ExpectedTensor], stored_names: Mapping[str, str]
+) -> None:
     """Look at the values of one tensor at a time, mapped from the file, not read into memory.
 
     Args:

@@ -32,7 +32,7 @@ def read_modules(config: HfQuantConfig, model: PreTrainedModel) -> dict[str, Lay
     modules = config.modules
     if not isinstance(modules, Mapping) or not modules:
         raise FormatError(
-            f"quantization_config.modules={modules!r}: expected a mapping of module name to scheme; config.json is damaged"
+            f"quantization_config.modules={modules!r}: expected module name -> scheme; config.json is damaged"
         )
     known, found = dict(model.named_modules()), {}
     for name, text in modules.items():
@@ -48,14 +48,18 @@ def read_modules(config: HfQuantConfig, model: PreTrainedModel) -> dict[str, Lay
         _check_fits(own, known[own], scheme)
         found[own] = scheme
     if not found:
-        raise FormatError(f"none of the {len(modules)} quantized modules of the checkpoint is in {type(model).__name__}")
+        raise FormatError(
+            f"none of the {len(modules)} quantized modules of the checkpoint is in {type(model).__name__}"
+        )
     return found
 
 
 def _check_fits(name: str, module: Any, scheme: LayerScheme) -> None:
     target = packed_class(module)
     if target is None or isinstance(module, PackedModule):
-        raise FormatError(f"quantization_config.modules lists {name!r}, a {type(module).__name__}, which has no packed form")
+        raise FormatError(
+            f"quantization_config.modules lists {name!r}, a {type(module).__name__}, which has no packed form"
+        )
     for key, weight in target.weights_of(module).items():
         size = scheme.weight.group_size
         if size is not None and weight.in_features % size:

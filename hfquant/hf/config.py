@@ -39,7 +39,7 @@ RECORD_FIELDS = ("quant_method", "format_version", "hfquant_version", "modules",
 LOAD_ONLY_FIELDS = ("dequantize", "strict")
 
 
-class HfQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class HfQuantConfig(QuantizationConfigMixin):
     """How to quantize a model with hfquant; pass it as ``quantization_config`` to ``from_pretrained``.
 
     Every field left at ``None`` is resolved by ``resolve``; only what is said explicitly can be in conflict.

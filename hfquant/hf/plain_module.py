@@ -79,7 +79,7 @@ def load_quantized(model: Model, save_directory: str | Path) -> Model:
     for _, module in packed_modules(model):
         for name in module.float_weights:
             module.load_packed(module.packed(name), name)
-    model.hf_quantizer = HfQuantQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+    model.hf_quantizer = HfQuantQuantizer(config, pre_quantized=True)
     return model
 
 
@@ -97,7 +97,9 @@ def _read_config(file: Path) -> HfQuantConfig:
 
 def _read_schemes(config: HfQuantConfig, modules: Mapping[str, nn.Module]) -> dict[str, LayerScheme]:
     if not isinstance(config.modules, Mapping) or not config.modules:
-        raise FormatError(f"quantization_config.modules={config.modules!r}: expected a mapping of module name to scheme")
+        raise FormatError(
+            f"quantization_config.modules={config.modules!r}: expected a mapping of module name to scheme"
+        )
     schemes = {}
     for name, text in config.modules.items():
         try:
@@ -105,7 +107,9 @@ def _read_schemes(config: HfQuantConfig, modules: Mapping[str, nn.Module]) -> di
         except ConfigError as error:
             raise FormatError(f"quantization_config.modules[{name!r}]: {error}") from error
         if name not in modules or packed_class(modules[name]) is None or isinstance(modules[name], PackedModule):
-            raise FormatError(f"quantization_config.modules lists {name!r}, which this model does not have as a float layer")
+            raise FormatError(
+                f"quantization_config.modules lists {name!r}, which this model does not have as a float layer"
+            )
     return schemes
 
 
@@ -131,5 +135,3 @@ def _duplicate_names(model: nn.Module) -> dict[str, str]:
     tensors = model.state_dict(keep_vars=True)
     pairs = {name: owners.setdefault(id(tensor), name) for name, tensor in tensors.items()}
     return {name: owner for name, owner in pairs.items() if name != owner}
-
-

@@ -21,6 +21,8 @@ from hfquant.ptq.calibrate import calibrate_input_scales_
 from hfquant.ptq.quantize import quantize_modules_
 
 
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -55,8 +57,7 @@ def quantize_model_ptq(
     """
     fields = {} if config is None else {k: v for k, v in vars(config).items() if k != "quant_method"}
     config = HfQuantConfig(**copy.deepcopy(fields) | overrides)
-    if next(packed_modules(model), None) is not None or getattr(model, "is_quantized", False):
-        raise ConfigError("the model is quantized already; call dequantize_model(model) first")
+    _check_is_float(model)
     quantizer = HfQuantQuantizer(config, pre_quantized=False)
     quantizer.select(model)
     selection, algorithm = quantizer.selection, config.resolved_algorithm
@@ -72,6 +73,22 @@ def quantize_model_ptq(
     _attach(model, quantizer, selection)
     model.train(training)
     return model
+
+
+def _check_is_float(model: nn.Module) -> None:
+    """Refuse models whose weights are codes; forget a quantizer that left float weights (a dequantized GGUF)."""
+    if next(packed_modules(model), None) is not None:
+        raise ConfigError("the model is quantized by hfquant already; call dequantize_model(model) first")
+    if not isinstance(model, PreTrainedModel) or not getattr(model, "is_quantized", False):
+        return
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter or parameter.dtype not in FLOAT_DTYPES:
+            method = getattr(model, "quantization_method", "another method")
+            raise ConfigError(
+                f"the model is quantized with {method} already ({name} is {parameter.dtype}); load it dequantized, or "
+                "start from the float model"
+            )
+    model.hf_quantizer.remove_quantization_config(model)
 
 
 def _check_calibration_data(data: Iterable[Any] | None, *, static: bool, config: HfQuantConfig) -> None:
@@ -91,7 +108,7 @@ def _check_calibration_data(data: Iterable[Any] | None, *, static: bool, config:
 
 def _attach(model: nn.Module, quantizer: HfQuantQuantizer, selection: Selection) -> None:
     """Leave ``model`` as ``from_pretrained`` leaves a quantized one."""
-    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    model.hf_quantizer = quantizer
     if not isinstance(model, PreTrainedModel):
         return
     model.is_quantized, model.quantization_method = True, QUANT_METHOD

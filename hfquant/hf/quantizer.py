@@ -26,7 +26,7 @@ from hfquant.ptq.quantize_weight import quantize_weight
 logger = logging.get_logger(__name__)
 
 
-class QuantizeWhileLoading(ConversionOps):  # type: ignore[misc]
+class QuantizeWhileLoading(ConversionOps):
     """Turns one float tensor of a checkpoint into packed ones, as soon as it is read."""
 
     def __init__(self, hf_quantizer: "HfQuantQuantizer") -> None:
@@ -40,7 +40,7 @@ class QuantizeWhileLoading(ConversionOps):  # type: ignore[misc]
         return self.hf_quantizer.quantize_parameter(model, kwargs.get("full_layer_name") or name, tensor)
 
 
-class HfQuantQuantizer(HfQuantizer):  # type: ignore[misc]
+class HfQuantQuantizer(HfQuantizer):
     """Quantizes on the fly while loading, or loads what was quantized before.
 
     Attributes:
@@ -50,6 +50,8 @@ class HfQuantQuantizer(HfQuantizer):  # type: ignore[misc]
     """
 
     requires_calibration = False
+    quantization_config: HfQuantConfig
+    pre_quantized: bool
 
     def __init__(self, quantization_config: HfQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -67,8 +69,8 @@ class HfQuantQuantizer(HfQuantizer):  # type: ignore[misc]
             return
         if self.quantization_config.resolve().quantization_type == "static":
             raise ConfigError(
-                "quantization_type='static' needs calibration data, which from_pretrained cannot take; load the float model "
-                "and call quantize_model_ptq(model, quantization_type='static', calibration_data=...)"
+                "quantization_type='static' needs calibration data, which from_pretrained cannot take; load the float "
+                "model and call quantize_model_ptq(model, quantization_type='static', calibration_data=...)"
             )
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ConfigError(
@@ -102,7 +104,9 @@ class HfQuantQuantizer(HfQuantizer):  # type: ignore[misc]
         settings = config.resolve()
         patterns = (*settings.skip_modules, *(override.pattern for override in settings.overrides))
         for text in unmatched_patterns(patterns, model):
-            logger.warning(f"hfquant: {text!r} in skip_modules or overrides matches no module of {type(model).__name__}")
+            logger.warning(
+                f"hfquant: {text!r} in skip_modules or overrides matches no module of {type(model).__name__}"
+            )
         self.selection = select_modules(model, settings, model_roles(model), strict=bool(config.strict))
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:

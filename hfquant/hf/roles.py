@@ -17,7 +17,9 @@ def model_roles(model: nn.Module) -> ModelRoles:
         embeddings = frozenset(name for name, module in model.named_modules() if isinstance(module, nn.Embedding))
         return ModelRoles(embeddings=embeddings)
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    embeddings = frozenset(names[id(m)] for part in parts for m in _asked(part, "get_input_embeddings") if id(m) in names)
+    embeddings = frozenset(
+        names[id(m)] for part in parts for m in _asked(part, "get_input_embeddings") if id(m) in names
+    )
     heads = frozenset(names[id(m)] for part in parts for m in _asked(part, "get_output_embeddings") if id(m) in names)
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     for target, source in ties.items():

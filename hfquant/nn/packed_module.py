@@ -10,7 +10,8 @@ For a float parameter ``weight [..., N, K]`` a packed module has plain integer p
     weight_zero_point  [..., N, ceil(K // G * bits / 32)]  int32   packed zero points, asymmetric schemes only
     input_scale        [1]                                 int16   static activation scale, static schemes only
 
-A parameter called ``gate_up_proj`` has ``gate_up_proj_scale``, ``gate_up_proj_zero_point``, ``gate_up_proj_input_scale``.
+Beside a parameter called ``gate_up_proj`` stand ``gate_up_proj_scale``, ``gate_up_proj_zero_point`` and
+``gate_up_proj_input_scale``.
 """
 
 from collections.abc import Callable
@@ -162,7 +163,8 @@ class PackedModule(nn.Module):
         """The packed parameters that stand for the float parameter ``name``."""
         get = self._parameters.get
         weight, scale = get(name), get(companion_name(name, "scale"))
-        assert weight is not None and scale is not None
+        assert weight is not None
+        assert scale is not None
         return PackedWeight(weight, scale, get(companion_name(name, "zero_point")))
 
     def load_packed(self, packed: PackedWeight, name: str = "weight") -> None:
@@ -201,7 +203,7 @@ class PackedModule(nn.Module):
         # Integers do not follow `.to(dtype)`, so the dtype of the results has to.
         device = next(iter(self._parameters.values())).device  # type: ignore[union-attr]
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:

@@ -17,7 +17,7 @@ class QuantEmbedding(PackedModule, nn.Embedding):
 
     @staticmethod
     def stands_for(module: nn.Module) -> bool:
-        """Whether ``module`` is ``nn.Embedding`` or one of Transformers' classes that multiply it by ``embed_scale``."""
+        """Whether ``module`` is ``nn.Embedding``, or a Transformers class that multiplies it by ``embed_scale``."""
         scaled = type(module).__name__.endswith("ScaledWordEmbedding") and hasattr(module, "embed_scale")
         plain = type(module) is nn.Embedding and module.max_norm is None
         return isinstance(module, nn.Embedding) and (plain or scaled)

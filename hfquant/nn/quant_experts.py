@@ -62,7 +62,9 @@ class QuantExperts(PackedModule):
     def _expert(self, expert: int, x: Tensor) -> Tensor:
         float_class: Any = self.float_class
         if self.has_gate:
-            return self._linear("down_proj", expert, float_class._apply_gate(self, self._linear("gate_up_proj", expert, x)))
+            return self._linear(
+                "down_proj", expert, float_class._apply_gate(self, self._linear("gate_up_proj", expert, x))
+            )
         act_fn: Any = self.act_fn
         return self._linear("down_proj", expert, act_fn(self._linear("up_proj", expert, x)))
 

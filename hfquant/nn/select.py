@@ -115,7 +115,9 @@ def _check(selection: Selection, modules: Mapping[str, nn.Module], misfits: list
         listed = "\n  ".join(f"{name}: {reason}" for name, reason in unasked.items())
         raise ConfigError(f"strict=True, and these linear layers would be kept in float:\n  {listed}")
     if not selection.schemes:
-        raise ConfigError("no module of this model would be quantized; look at skip_modules, overrides and embedding_bits")
+        raise ConfigError(
+            "no module of this model would be quantized; look at skip_modules, overrides and embedding_bits"
+        )
 
 
 def has_quantizable_weight(module: nn.Module) -> bool:

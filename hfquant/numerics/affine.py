@@ -33,7 +33,7 @@ def split_groups(x: Tensor, group_size: int | None) -> Tensor:
     size = x.shape[-1] if group_size is None else group_size
     if size == 0 or x.shape[-1] % size:
         raise SchemeError(f"a row of {x.shape[-1]} values does not split into groups of {size}")
-    return x.unflatten(-1, (x.shape[-1] // size, size))
+    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
 
 
 def round_scale(scale: Tensor) -> Tensor:

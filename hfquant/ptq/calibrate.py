@@ -36,8 +36,9 @@ def calibrate_input_scales_(model: nn.Module, batches: Iterable[Any], *, progres
     }
     with _observing(static) as observers, _evaluating(model):
         count = 0
-        for count, batch in enumerate(tqdm(batches, desc="Calibrating", unit="batch", disable=not progress), 1):
+        for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=not progress):
             run_batch(model, batch)
+            count += 1
     if count == 0:
         raise CalibrationError("calibration_data is empty; give at least one batch")
     unreached = [f"{name} ({key})" for (name, key), observer in observers.items() if observer.rows == 0]

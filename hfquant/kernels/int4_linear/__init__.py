@@ -21,7 +21,5 @@ def int4_linear(
     dynamic: bool = False,
 ) -> Tensor:
     """Linear layer on INT4 weights; see ``hfquant.kernels.linear_op`` for arguments, result and gradient."""
-    out: Tensor = torch.ops.hfquant.int4_linear(
-        x, weight, weight_scale, weight_zero_point, input_scale, bias, dynamic
-    )
+    out: Tensor = torch.ops.hfquant.int4_linear(x, weight, weight_scale, weight_zero_point, input_scale, bias, dynamic)
     return out

@@ -11,9 +11,7 @@ def _fake(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-define_op(
-    "quantize_rows(Tensor x, Tensor? scale) -> (Tensor, Tensor)", reference=quantize_rows_reference, fake=_fake
-)
+define_op("quantize_rows(Tensor x, Tensor? scale) -> (Tensor, Tensor)", reference=quantize_rows_reference, fake=_fake)
 
 
 def quantize_rows(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
