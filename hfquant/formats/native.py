@@ -12,8 +12,8 @@ A folder with ``config.json`` and ``model.safetensors`` (or shards ``model-0000i
     save_id          32 hex digits that stand in every shard too; shards of another save are refused
     ...              the user's fields (quantization_bits, quantization_type, ...), for reports
 
-Each quantized module has the tensors that ``nn/packed_module.py`` lists, in the layout of ``numerics/packing.py``, under
-the names of the model's own state dict. Every other tensor stands under its usual name.
+Each quantized module has the tensors that ``nn/packed_module.py`` lists, in the layout of ``numerics/packing.py``,
+under the names of the model's own state dict. Every other tensor stands under its usual name.
 
 The metadata of every shard (strings) holds:
 

@@ -122,8 +122,8 @@ def check_save_id(headers: Iterable[Header], save_id: Any) -> None:
         found = header.metadata.get(SAVE_ID_KEY)
         if found != save_id:
             raise FormatError(
-                f"{header.file.name} is of another save than config.json (save id {found!r}, expected {save_id!r}): the "
-                "save was interrupted, or files of two saves were mixed; save the model again into an empty folder"
+                f"{header.file.name} is of another save than config.json (save id {found!r}, expected {save_id!r}): "
+                "the save was interrupted, or files of two saves were mixed; save the model again into an empty folder"
             )
 
 

@@ -1,0 +1,43 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+COMPAT_VENV ?= .venv-compat
+BIN := $(VENV)/bin
+PIP := -m pip --disable-pip-version-check install --quiet
+
+help:            ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+install: $(VENV)/installed  ## environment in .venv with the package, its tools and pinned versions
+check: $(VENV)/installed  ## lint, format, types, layering, length budget; changes nothing
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest -q tests/structure
+format: $(VENV)/installed  ## fix what the linters can fix
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+test: $(VENV)/installed  ## unit, property, format and integration tests: CPU, no network
+	$(BIN)/python -m pytest -n 2
+test-slow: $(VENV)/installed  ## the real models SmolLM2-135M and MiniLM, and peak memory of a 1B-shaped model
+	$(BIN)/python -m pytest -m slow
+test-compat: $(COMPAT_VENV)/installed  ## the Transformers integration on the oldest supported release
+	$(COMPAT_VENV)/bin/python -m pytest -n 2 tests/hf tests/formats
+demo: $(VENV)/installed  ## SmolLM2-135M to INT4: quantize, save, reload, ask, measure
+	$(BIN)/python examples/demo.py
+demo-encoder: $(VENV)/installed  ## MiniLM to INT8: similarity of sentence pairs
+	$(BIN)/python examples/demo_encoder.py
+bench: $(VENV)/installed  ## quality tables on the real models
+	$(BIN)/python benchmarks/quality.py
+golden: $(VENV)/installed  ## rewrite tests/golden (review the diff, add a CHANGELOG line)
+	$(BIN)/python -m tests.golden.make
+clean:           ## remove environments and build products
+	rm -rf $(VENV) $(COMPAT_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev,demo]'
+	touch $@
+
+$(COMPAT_VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(COMPAT_VENV)
+	sed 's/^transformers==.*/transformers==5.17.*/' constraints.txt > $(COMPAT_VENV)/constraints.txt
+	$(COMPAT_VENV)/bin/python $(PIP) -c $(COMPAT_VENV)/constraints.txt -e '.[dev,demo]'
+	touch $@
+
+.PHONY: help install check format test test-slow test-compat demo demo-encoder bench golden clean

@@ -1,0 +1,37 @@
+"""The ``hfquant`` command: a verb, and the function that does it."""
+
+from collections.abc import Callable
+
+import typer
+
+from hfquant.cli.dequantize import dequantize
+from hfquant.cli.evaluate import evaluate
+from hfquant.cli.generate import generate
+from hfquant.cli.info import info
+from hfquant.cli.output import reporting_errors
+from hfquant.cli.quantize import quantize
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "quantize": quantize,
+    "info": info,
+    "evaluate": evaluate,
+    "generate": generate,
+    "dequantize": dequantize,
+}
+
+app = typer.Typer(
+    name="hfquant",
+    help="Quantize Transformers models. Exit codes: 0 done, 1 refused or failed, 2 wrong usage.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+for verb, function in VERBS.items():
+    app.command(verb)(reporting_errors(function))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,128 @@
+"""A quantized model beside the original: divergence, agreement, perplexity in one pass, and sentence similarity."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hfquant.errors import CalibrationError
+from hfquant.evaluation.perplexity import negative_log_likelihood, windows
+from hfquant.numerics.metrics import kl_divergence
+
+
+ROWS_AT_A_TIME = 64
+"""Positions whose float64 distributions are in memory at once."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against its original, on the same tokens.
+
+    Attributes:
+        perplexity: Of the model.
+        reference_perplexity: Of the original.
+        mean_kl: Mean KL(original || model) per position, in nats.
+        top1_agreement: Share of positions with the same most likely token, from 0 to 1.
+        tokens: Positions compared.
+        context: Tokens in a window.
+    """
+
+    perplexity: float
+    reference_perplexity: float
+    mean_kl: float
+    top1_agreement: float
+    tokens: int
+    context: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def compare_models(
+    reference: nn.Module, model: nn.Module, token_ids: Tensor, *, context: int = 512, progress: bool = True
+) -> Comparison:
+    """Run both causal language models over the same windows.
+
+    Args:
+        reference: The original.
+        model: The model that is judged.
+        token_ids: The text ``[T]``, int64.
+        context: Tokens in a window.
+        progress: Show a progress bar.
+    """
+    parts = list(windows(token_ids, context))
+    count = sum(part.numel() - 1 for part in parts)
+    totals = torch.zeros(4, dtype=torch.float64)
+    for window in tqdm(parts, desc="Comparing", unit="window", disable=not progress):
+        ours = model(window.to(_device(model))).logits.cpu()
+        theirs = reference(window.to(_device(reference))).logits.cpu()
+        divergence, same = _divergence(theirs[0, :-1], ours[0, :-1])
+        losses = [float(negative_log_likelihood(logits, window)) for logits in (ours, theirs)]
+        totals += torch.tensor([*losses, divergence, same], dtype=torch.float64)
+    loss, reference_loss, mean_kl, agreement = (float(total) / count for total in totals)
+    return Comparison(math.exp(loss), math.exp(reference_loss), mean_kl, agreement, count, context)
+
+
+def _divergence(reference: Tensor, logits: Tensor) -> tuple[float, int]:
+    """Sum of KL(reference || model) and number of equal top tokens over logits ``[T, V]``."""
+    divergence = 0.0
+    for theirs, ours in zip(reference.split(ROWS_AT_A_TIME), logits.split(ROWS_AT_A_TIME), strict=True):
+        divergence += float(kl_divergence(theirs, ours).sum())
+    return divergence, int((reference.argmax(-1) == logits.argmax(-1)).sum())
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@torch.no_grad()
+def sentence_embeddings(model: nn.Module, tokenizer: Any, sentences: Sequence[str], *, batch_size: int = 32) -> Tensor:
+    """Mean-pooled, normalised embeddings ``[len(sentences), K]``, float32, of an encoder.
+
+    Args:
+        model: Encoder whose output has ``last_hidden_state``.
+        tokenizer: Its tokenizer.
+        sentences: Texts.
+        batch_size: Sentences in one forward pass; padding is masked out of the mean.
+    """
+    pooled = []
+    for start in range(0, len(sentences), batch_size):
+        part = list(sentences[start : start + batch_size])
+        batch = tokenizer(part, padding=True, truncation=True, return_tensors="pt").to(_device(model))
+        mask = batch["attention_mask"].unsqueeze(-1).float()
+        hidden = model(**batch).last_hidden_state.float()
+        pooled.append(((hidden * mask).sum(1) / mask.sum(1)).cpu())
+    return torch.nn.functional.normalize(torch.cat(pooled), dim=-1)
+
+
+def sentence_similarity(model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Tensor:
+    """Cosine similarity ``[len(pairs)]`` of each pair of sentences."""
+    first = sentence_embeddings(model, tokenizer, [pair[0] for pair in pairs])
+    second = sentence_embeddings(model, tokenizer, [pair[1] for pair in pairs])
+    return (first * second).sum(-1)
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation of ``a [T]`` and ``b [T]``, ties averaged.
+
+    Raises:
+        CalibrationError: If there are fewer than two values, or one side is constant.
+    """
+    ranks = torch.stack((_ranks(a), _ranks(b)))
+    if a.numel() < 2 or bool((ranks == ranks[:, :1]).all(-1).any()):
+        raise CalibrationError("a rank correlation needs at least two different values on both sides")
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks from 0, equal values share the mean of theirs; float64."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0)
+    ranks: Tensor = ((last - counts) + (last - 1)).double().div(2)
+    return ranks[inverse]
