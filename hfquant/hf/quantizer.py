@@ -18,12 +18,16 @@ from hfquant.hf.checkpoint import check_checkpoint, read_modules
 from hfquant.hf.config import QUANT_METHOD, HfQuantConfig
 from hfquant.hf.roles import model_roles, tie_companions, untie_companions
 from hfquant.nn.packed_module import PackedModule, companion_name
+from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.select import Selection, select_modules, unmatched_patterns
 from hfquant.nn.swap import packed_modules, restore_modules_, swap_modules_
 from hfquant.ptq.quantize_weight import quantize_weight
 
 
 logger = logging.get_logger(__name__)
+
+ALIGNMENT = 64
+"""Bytes: the cache line, and torch's own alignment of the memory it allocates on a CPU."""
 
 
 class QuantizeWhileLoading(ConversionOps):
@@ -145,6 +149,10 @@ class HfQuantQuantizer(HfQuantizer):
             raise self.error
         if not self.pre_quantized:
             self._restore_unfilled(model)
+        for module in model.modules():
+            if isinstance(module, QuantEmbedding):
+                module.refill_embed_scale()
+        align_float_parameters_(model)
         # The names in our files are those of the state dict; there is nothing to convert back on saving.
         model._weight_conversions = []
         if self.pre_quantized and self.quantization_config.dequantize:
@@ -196,6 +204,17 @@ class HfQuantQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Packed layers are ops that torch.compile keeps whole."""
         return True
+
+
+def align_float_parameters_(model: PreTrainedModel) -> None:
+    """Move float parameters that are mapped from a file at an odd address to aligned memory.
+
+    Torch's float kernels pick another path, and round differently in the last bit, for unaligned weights; a reloaded
+    model would then differ from the one that was saved. Packed weights are unpacked into aligned memory anyway.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not parameter.is_meta and parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def module_ties(model: PreTrainedModel) -> dict[str, str]:

@@ -22,6 +22,15 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         plain = type(module) is nn.Embedding and module.max_norm is None
         return isinstance(module, nn.Embedding) and (plain or scaled)
 
+    def refill_embed_scale(self) -> None:
+        """Set the scale buffer, which no checkpoint holds, from the number beside it.
+
+        Transformers fills such buffers by the module's class, which is another one while the table is packed.
+        """
+        buffer, value = self._buffers.get("embed_scale"), getattr(self, "scalar_embed_scale", None)
+        if buffer is not None and value is not None:
+            buffer.fill_(value)
+
     def forward(self, ids: Tensor) -> Tensor:
         """Embeddings ``[*ids.shape, K]`` in ``compute_dtype``."""
         out = quant_embedding(

@@ -13,18 +13,18 @@ class QuantExperts(PackedModule):
     """All experts of one layer, with weights ``[E, N, K]``; routes tokens as Transformers' own experts do.
 
     Stands for the classes that Transformers marks with ``use_experts_implementation``: ``gate_up_proj`` (or ``up_proj``
-    where there is no gate) and ``down_proj``, with optional biases, concatenated or interleaved gates.
+    where there is no gate) and ``down_proj``, with optional biases, concatenated or interleaved gates, transposed
+    weights, and a norm after each expert.
     """
 
     @staticmethod
     def stands_for(module: nn.Module) -> bool:
         """Whether ``module`` keeps its experts in the way this class computes them."""
-        first = "gate_up_proj" if getattr(module, "has_gate", None) else "up_proj"
-        parameters = module._parameters
-        return (
-            all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "num_experts", "act_fn"))
-            and not getattr(module, "has_post_expert_norm", False)
-            and all(getattr(parameters.get(name), "ndim", 0) == 3 for name in (first, "down_proj"))
+        gated = getattr(module, "has_gate", False)
+        needed = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate" if gated else "act_fn")
+        weights = ("gate_up_proj" if gated else "up_proj", "down_proj")
+        return all(hasattr(module, name) for name in needed) and all(
+            getattr(module._parameters.get(name), "ndim", 0) == 3 for name in weights
         )
 
     @staticmethod
@@ -60,13 +60,14 @@ class QuantExperts(PackedModule):
         return out
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
-        float_class: Any = self.float_class
-        if self.has_gate:
-            return self._linear(
-                "down_proj", expert, float_class._apply_gate(self, self._linear("gate_up_proj", expert, x))
-            )
-        act_fn: Any = self.act_fn
-        return self._linear("down_proj", expert, act_fn(self._linear("up_proj", expert, x)))
+        own: Any = self
+        if own.has_gate:
+            float_class: Any = self.float_class
+            x = float_class._apply_gate(self, self._linear("gate_up_proj", expert, x))
+        else:
+            x = own.act_fn(self._linear("up_proj", expert, x))
+        x = self._linear("down_proj", expert, x)
+        return own.post_expert_norm(x) if getattr(own, "has_post_expert_norm", False) else x
 
     def _linear(self, name: str, expert: int, x: Tensor) -> Tensor:
         packed, bias = self.packed(name), self._parameters.get(f"{name}_bias")

@@ -141,7 +141,7 @@ def keep_reason(
     if isinstance(parent, nn.TransformerEncoderLayer):
         return "torch's TransformerEncoderLayer reads this weight itself"
     if any(pattern.matches(name) for pattern in roles.float32):
-        return "the model keeps it in float32"
+        return "the model lists it in _keep_in_fp32_modules"
     if target is QuantEmbedding and name not in roles.embeddings:
         return "not an input embedding"
     if (name in roles.embeddings or name in roles.heads) and _embedding_bits(name, settings) == 16:
