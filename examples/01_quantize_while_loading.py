@@ -1,6 +1,6 @@
 """Quantize a model to INT4 while it loads, save it, load it again: the same logits, bit for bit.
 
-    python examples/01_quantize_while_loading.py MODEL OUT
+python examples/01_quantize_while_loading.py MODEL OUT
 """
 
 import sys

@@ -1,6 +1,6 @@
 """INT8 weights and static INT8 activations for an encoder, calibrated on a few sentences.
 
-    python examples/02_static_int8_encoder.py MODEL OUT
+python examples/02_static_int8_encoder.py MODEL OUT
 """
 
 import sys

@@ -1,6 +1,6 @@
 """INT4 for most layers, INT8 for those that suffer, float for one: overrides by module name.
 
-    python examples/03_mixed_precision.py MODEL OUT
+python examples/03_mixed_precision.py MODEL OUT
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Quantize, save and load a plain nn.Module that is no Transformers model.
 
-    python examples/04_plain_module.py
+python examples/04_plain_module.py
 """
 
 import tempfile

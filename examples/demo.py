@@ -1,6 +1,6 @@
 """SmolLM2-135M to INT4: quantize, save, reload in a new process, ask it something, and measure what it cost.
 
-    make demo          (or: python examples/demo.py)
+make demo          (or: python examples/demo.py)
 """
 
 import json
@@ -74,7 +74,9 @@ def show(result: dict, before: dict, after: dict) -> None:
     table.add_row("weights quantized", "0 %", f"{100 * info.coverage:.2f} %", f"{len(info.kept)} tensors kept")
     console = Console(width=110)
     console.print(table)
-    console.print(f"measured on {compared.tokens} tokens of Python's help topics; quantized in {result['seconds']:.0f} s")
+    console.print(
+        f"measured on {compared.tokens} tokens of Python's help topics; quantized in {result['seconds']:.0f} s"
+    )
 
 
 def main(smoke: bool = False) -> None:

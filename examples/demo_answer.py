@@ -1,6 +1,6 @@
 """Load any model and answer a prompt; knows nothing of hfquant. Prints one JSON line.
 
-    python examples/demo_answer.py MODEL PROMPT
+python examples/demo_answer.py MODEL PROMPT
 """
 
 import json

@@ -1,6 +1,6 @@
 """The encoder all-MiniLM-L6-v2 in INT8: similarity of sentence pairs, float32 against three kinds of INT8.
 
-    make demo-encoder          (or: python examples/demo_encoder.py)
+make demo-encoder          (or: python examples/demo_encoder.py)
 """
 
 import copy

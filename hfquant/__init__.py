@@ -3,17 +3,33 @@
 from importlib.metadata import version as _version
 
 from hfquant.errors import (
-    CalibrationError as CalibrationError,
-    ConfigError as ConfigError,
-    FormatError as FormatError,
-    HfQuantError as HfQuantError,
-    KernelError as KernelError,
-    SchemeError as SchemeError,
+    CalibrationError,
+    ConfigError,
+    FormatError,
+    HfQuantError,
+    KernelError,
+    SchemeError,
 )
-from hfquant.hf.config import HfQuantConfig as HfQuantConfig
-from hfquant.hf.info import QuantizationInfo as QuantizationInfo, get_quantization_info as get_quantization_info
-from hfquant.hf.plain_module import load_quantized as load_quantized, save_quantized as save_quantized
-from hfquant.hf.quantize import dequantize_model as dequantize_model, quantize_model_ptq as quantize_model_ptq
+from hfquant.hf.config import HfQuantConfig
+from hfquant.hf.info import QuantizationInfo, get_quantization_info
+from hfquant.hf.plain_module import load_quantized, save_quantized
+from hfquant.hf.quantize import dequantize_model, quantize_model_ptq
 
+
+__all__ = [
+    "CalibrationError",
+    "ConfigError",
+    "FormatError",
+    "HfQuantConfig",
+    "HfQuantError",
+    "KernelError",
+    "QuantizationInfo",
+    "SchemeError",
+    "dequantize_model",
+    "get_quantization_info",
+    "load_quantized",
+    "quantize_model_ptq",
+    "save_quantized",
+]
 
 __version__ = _version("hfquant")

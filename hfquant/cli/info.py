@@ -1,11 +1,11 @@
 """``hfquant info``: what is quantized in a checkpoint, and what is kept, with reasons."""
 
-import json as json_module
 from typing import Annotated
 
 import typer
 
 from hfquant.cli.models import load_model
+from hfquant.cli.output import print_json
 from hfquant.hf.info import get_quantization_info
 
 
@@ -15,4 +15,7 @@ def info(
 ) -> None:
     """Show every parameter of MODEL: quantized, with its scheme, or kept, with the reason."""
     found = get_quantization_info(load_model(model))
-    print(json_module.dumps(found.to_dict(), indent=2) if json else found)
+    if json:
+        print_json(found.to_dict())
+    else:
+        print(found)

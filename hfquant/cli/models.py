@@ -9,31 +9,69 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from hfquant.cli.output import one_line
 from hfquant.errors import ConfigError
 
 
-WEIGHT_PATTERNS = (
-    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl"),
-    *("*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ot", "*.tflite", "*.mlmodel", "*.partial"),
+COMPANION_FILES = (
+    *("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.spm", "*.bpe", "*.py", "LICENSE*", "NOTICE*"),
+    *("additional_chat_templates/*.jinja", "[0-9]_*/config.json"),
 )
-"""Files that hold weights, in any format; everything else of a model folder goes along with the quantized model."""
+"""Tokenizer, processor, chat templates, code, licence, modules of sentence encoders: what belongs to a model."""
 
-WRITTEN_WITH_THE_MODEL = {"config.json", "generation_config.json", "README.md", ".gitattributes"}
+OWN_FILES = ("config.json", "generation_config.json", "*.index.json", "trainer_state.json", "requirements*.txt")
+"""What ``save_pretrained`` writes itself, and what is about the folder and not about the model."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def model_class(model: str) -> type[PreTrainedModel]:
-    """The class a checkpoint was saved from, by its config; ``AutoModel`` where it names none."""
-    config = AutoConfig.from_pretrained(model)
-    names = config.architectures or ()
-    known: list[type[PreTrainedModel]] = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
-    return known[0] if known else AutoModel
+def read_config(model: str) -> Any:
+    """The config of ``model`` (folder or Hub name).
+
+    Raises:
+        ConfigError: If there is no such model.
+    """
+    path = Path(model)
+    if path.is_file():
+        raise ConfigError(f"{model} is a file; give the folder of the model")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"{model}: no config.json in this folder")
+    if not path.is_dir() and (path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2):
+        raise ConfigError(f"{model}: no such folder")
+    try:
+        return AutoConfig.from_pretrained(model)
+    except OSError as error:
+        raise ConfigError(f"{model}: no such folder, and not to be had from the Hub: {one_line(error)}") from error
 
 
 def load_model(model: str, *, dtype: str = "auto", **kwargs: Any) -> PreTrainedModel:
-    """Load a model with the class it was saved from; ``dtype`` is a name, or ``"auto"`` for the checkpoint's own."""
-    return model_class(model).from_pretrained(model, dtype=dtype if dtype == "auto" else parse_dtype(dtype), **kwargs)
+    """Load a model with the class it was saved from; ``AutoModel`` where its config names none that exists.
+
+    Args:
+        model: Folder or Hub name.
+        dtype: float32, bfloat16, float16, or auto for the checkpoint's own.
+        **kwargs: For ``from_pretrained``.
+
+    Raises:
+        ConfigError: If there is no such model or dtype.
+    """
+    wanted = dtype if dtype == "auto" else parse_dtype(dtype)
+    names = read_config(model).architectures or ()
+    classes: list[Any] = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    loaded: PreTrainedModel = (classes or [AutoModel])[0].from_pretrained(model, dtype=wanted, **kwargs)
+    return loaded.eval()
+
+
+def load_language_model(model: str) -> PreTrainedModel:
+    """Load a model that continues text.
+
+    Raises:
+        ConfigError: If it is another kind of model.
+    """
+    loaded = load_model(model)
+    if not loaded.can_generate():
+        raise ConfigError(f"{model} is a {type(loaded).__name__}; expected a language model that generates text")
+    return loaded
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -47,19 +85,31 @@ def parse_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def check_output(output: Path, model: str, *, overwrite: bool) -> Path:
+    """The absolute path of ``output``, if it may be written.
+
+    Raises:
+        ConfigError: If it is the model's own folder, or not empty and ``overwrite`` is not given.
+    """
+    output = output.resolve()
+    if output == Path(model).resolve():
+        raise ConfigError(f"{output} is the model itself; give another folder to save into")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise ConfigError(f"{output} is not empty; pass --overwrite to replace the checkpoint in it")
+    return output
+
+
 def copy_companion_files(model: str, target: Path) -> None:
-    """Copy tokenizer, processor and other small files of ``model`` (folder or Hub name) into ``target``."""
+    """Copy what belongs to ``model`` (folder or Hub name) beside its weights into ``target``, byte for byte."""
     source = Path(model)
     if not source.is_dir():
-        source = Path(snapshot_download(model, ignore_patterns=list(WEIGHT_PATTERNS)))
-    for file in sorted(source.rglob("*")):
-        relative = file.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        weights = any(file.match(pattern) for pattern in WEIGHT_PATTERNS)
-        if file.is_dir() or hidden or weights or relative.as_posix() in WRITTEN_WITH_THE_MODEL:
-            continue
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target / relative)
+        source = Path(snapshot_download(model, allow_patterns=list(COMPANION_FILES)))
+    found = {file for pattern in COMPANION_FILES for file in source.glob(pattern)}
+    for file in sorted(found):
+        if file.is_file() and not any(file.match(pattern) for pattern in OWN_FILES if file.parent == source):
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -4,13 +4,14 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from transformers import AutoTokenizer, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from hfquant.cli.config_file import load_config_file
-from hfquant.cli.models import copy_companion_files, folder_bytes, load_model
+from hfquant.cli.models import check_output, copy_companion_files, folder_bytes, load_model, read_config
 from hfquant.cli.output import print_result
+from hfquant.cli.text import load_tokenizer, read_text, text_windows
 from hfquant.errors import CalibrationError, ConfigError
 from hfquant.formats.staging import staged_folder
 from hfquant.hf.config import HfQuantConfig
@@ -19,7 +20,7 @@ from hfquant.hf.quantize import quantize_model_ptq
 
 
 CALIBRATION_WINDOW = 512
-"""Tokens of one calibration batch."""
+"""Tokens of one calibration batch, unless the model takes fewer."""
 
 
 def quantize(
@@ -33,17 +34,16 @@ def quantize(
     embedding_bits: Annotated[int | None, typer.Option(help="Embedding and head: 8, 4, or 16 for float.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Module to keep in float; repeat for more.")] = None,
     strict: Annotated[bool | None, typer.Option("--strict", help="Fail if a linear layer would stay float.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with these settings.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Text file, for --type static.")] = None,
-    calibration_batches: Annotated[int, typer.Option(help="Batches of 512 tokens to calibrate on.")] = 64,
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file with these settings.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Text file, for static activations.")] = None,
+    calibration_batches: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to calibrate on.")] = 64,
     dtype: Annotated[str, typer.Option(help="Of what stays float: auto, float32, bfloat16, float16.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the output folder.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Quantize MODEL and save it. Weights are quantized one by one while they are read."""
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise ConfigError(f"{output} is not empty; pass --overwrite to replace the checkpoint in it")
+    output = check_output(output, model, overwrite=overwrite)
     fields: dict[str, Any] = {} if config is None else load_config_file(config)
     options = {
         "quantization_bits": bits,
@@ -68,27 +68,29 @@ def quantize(
 def _load_quantized(
     model: str, config: HfQuantConfig, dtype: str, calibration: Path | None, batches: int
 ) -> PreTrainedModel:
-    if calibration is None:
-        return load_model(model, dtype=dtype, quantization_config=config)
-    data = calibration_batches_of(model, calibration, batches)
-    return quantize_model_ptq(load_model(model, dtype=dtype), config, calibration_data=data)
+    if getattr(read_config(model), "quantization_config", None) is not None:
+        raise ConfigError(f"{model} is quantized already; start from the float model, or run hfquant dequantize first")
+    if calibration is not None:
+        data = calibration_data(model, calibration, batches)
+        return quantize_model_ptq(load_model(model, dtype=dtype), config, calibration_data=data)
+    settings = config.resolve()
+    if "static" in (settings.quantization_type, *(override.quantization_type for override in settings.overrides)):
+        raise CalibrationError("static activations need --calibration FILE: UTF-8 text like what the model will see")
+    return load_model(model, dtype=dtype, quantization_config=config)
 
 
-def calibration_batches_of(model: str, text_file: Path, limit: int) -> list[dict[str, torch.Tensor]]:
-    """Up to ``limit`` batches of 512 consecutive tokens of a text file, as ``input_ids``.
+def calibration_data(model: str, file: Path, limit: int) -> list[dict[str, Tensor]]:
+    """Up to ``limit`` consecutive windows of a text file, as the arguments of ``model`` (folder or Hub name).
 
     Raises:
         CalibrationError: If the file cannot be read or holds no text.
+        ConfigError: If the model has no tokenizer.
     """
-    try:
-        text = text_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{text_file}: cannot be read as UTF-8 text: {error}") from error
-    ids = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt", verbose=False)["input_ids"][0]
-    parts = [part for part in ids.split(CALIBRATION_WINDOW) if part.numel() > 1][:limit]
-    if not parts:
-        raise CalibrationError(f"{text_file}: no text to calibrate on")
-    return [{"input_ids": part.unsqueeze(0)} for part in parts]
+    text, config = read_text(file), read_config(model)
+    length = min(CALIBRATION_WINDOW, getattr(config, "max_position_embeddings", CALIBRATION_WINDOW))
+    windows = text_windows(load_tokenizer(model), text, length)[:limit]
+    names = ("input_ids", "decoder_input_ids") if config.is_encoder_decoder else ("input_ids",)
+    return [dict.fromkeys(names, window) for window in windows]
 
 
 def _summary(model: PreTrainedModel, output: Path, seconds: float) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Ranges of activations seen during calibration."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,12 +22,17 @@ class AbsMaxObserver:
         self.rows = 0
 
     def observe(self, x: Tensor) -> None:
-        """Take in activations ``[..., K]``, any floating dtype."""
+        """Take in activations ``[..., K]``, any floating dtype.
+
+        Raises:
+            CalibrationError: If one of them is NaN or infinite.
+        """
         if x.numel():
-            self.absmax = max(self.absmax, float(x.detach().abs().amax()))
-            self.rows += x.numel() // x.shape[-1]
-            if self.absmax != self.absmax or self.absmax == float("inf"):
+            largest = float(x.detach().abs().amax())
+            if not math.isfinite(largest):
                 raise CalibrationError("activations are NaN or infinite")
+            self.absmax = max(self.absmax, largest)
+            self.rows += x.numel() // x.shape[-1]
 
     def scale(self) -> Tensor:
         """Static INT8 scale ``[1]``, ``absmax / 127``, float32 and bfloat16-representable.

@@ -1,6 +1,5 @@
 """Data-free search (placeholder until measured)."""
 
-import torch
 from torch import Tensor
 
 from hfquant.numerics.affine import round_scale

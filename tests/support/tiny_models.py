@@ -59,7 +59,9 @@ def llama(**changes: Any) -> t.PreTrainedModel:
 
 
 def gpt2() -> t.PreTrainedModel:
-    config = t.GPT2Config(vocab_size=128, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    config = t.GPT2Config(
+        vocab_size=128, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    )
     return t.GPT2LMHeadModel(config)
 
 
