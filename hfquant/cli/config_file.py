@@ -1,10 +1,11 @@
-"""Quantization settings from a YAML file; options given on the command line win over it."""
+"""Quantization settings from a YAML or JSON file; options given on the command line win over it."""
 
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from hfquant.cli.output import one_line
 from hfquant.errors import ConfigError
 from hfquant.hf.config import USER_FIELDS, nearest
 
@@ -20,7 +21,7 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
+        raise ConfigError(f"{path}: not YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of fields, found {type(content).__name__}")
     for name in content:

@@ -21,7 +21,7 @@ EXPECTED_ERRORS = (HfQuantError, OSError, ValueError, ImportError, SafetensorErr
 
 
 def reporting_errors(verb: Callable[..., None]) -> Callable[..., None]:
-    """``verb`` with one line on stderr and exit code 1 for expected errors, and ``--debug`` for their traceback."""
+    """``verb`` with a message on stderr and exit code 1 for expected errors, and ``--debug`` for their traceback."""
 
     @functools.wraps(verb)
     def wrapper(*args: Any, debug: bool, **kwargs: Any) -> None:
@@ -32,7 +32,8 @@ def reporting_errors(verb: Callable[..., None]) -> Callable[..., None]:
         except EXPECTED_ERRORS as error:
             if debug:
                 raise
-            print(f"hfquant: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+            message = str(error) if isinstance(error, HfQuantError) else one_line(error)
+            print(f"hfquant: {type(error).__name__}: {message}", file=sys.stderr)
             raise typer.Exit(1) from None
 
     option = typer.Option("--debug", help="Show the traceback of an error.")

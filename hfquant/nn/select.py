@@ -134,6 +134,8 @@ def keep_reason(
         return "skip_modules"
     if settings.overrides_bits(name) == 16:
         return "overrides: quantization_bits=16"
+    if isinstance(module, nn.Embedding) and name not in roles.embeddings:
+        return "not an input embedding"
     target = packed_class(module)
     if target is None:
         return _unsupported_reason(module)
@@ -142,8 +144,6 @@ def keep_reason(
         return "torch's TransformerEncoderLayer reads this weight itself"
     if any(pattern.matches(name) for pattern in roles.float32):
         return "the model lists it in _keep_in_fp32_modules"
-    if target is QuantEmbedding and name not in roles.embeddings:
-        return "not an input embedding"
     if (name in roles.embeddings or name in roles.heads) and _embedding_bits(name, settings) == 16:
         return "embedding_bits=16"
     return _shape_reason(module, target, settings)
