@@ -30,8 +30,9 @@ def hub_has(repository: str) -> bool:
     """Whether the Hub gives this model's config within a few seconds; offline machines do not wait longer."""
     if constants.HF_HUB_OFFLINE:
         return False
+    url = f"{constants.ENDPOINT}/{repository}/resolve/main/config.json"
     try:
-        urllib.request.urlopen(f"{constants.ENDPOINT}/{repository}/resolve/main/config.json", timeout=PROBE_SECONDS).close()
+        urllib.request.urlopen(url, timeout=PROBE_SECONDS).close()
     except OSError:
         return False
     return True

@@ -32,5 +32,10 @@ def _float_block(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _has_fast_int_mm(a: Tensor) -> bool:
-    # Without AVX-512 torch._int_mm runs a scalar loop on a CPU; on CUDA it refuses M <= 16 and odd sizes.
-    return a.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    # Without AVX-512 torch._int_mm runs a scalar loop on a CPU, without VNNI oneDNN adds pairs of products in int16,
+    # which saturates; on CUDA it refuses M <= 16 and odd sizes.
+    return (
+        a.device.type == "cpu"
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.cpu._is_vnni_supported()
+    )

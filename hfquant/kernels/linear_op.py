@@ -9,21 +9,24 @@ Arguments:
     weight_scale: Bit patterns of the bfloat16 scales ``[N, K // G]``, int16.
     weight_zero_point: Packed zero points ``[N, ceil(K // G * bits / 32)]``, int32, or ``None``.
     input_scale: Bit pattern of the static activation scale ``[1]``, int16; makes activations static INT8.
-    bias: ``[N]``, in the dtype of ``x``, or ``None``.
+    bias: ``[N]``, cast to the dtype of ``x``, or ``None``.
     dynamic: Quantize activations to INT8 with one scale per row.
 
-Returns ``[..., N]`` in the dtype of ``x``. The gradient of ``x`` is ``grad @ dequantize(weight)``, straight through
-the rounding of activations (Bengio et al. 2013, https://arxiv.org/abs/1308.3432); packed weights have none.
+Returns ``[..., N]`` in the dtype of ``x``, under autocast too. The gradient of ``x`` is ``grad @ dequantize(weight)``,
+straight through the rounding of activations (Bengio et al. 2013, https://arxiv.org/abs/1308.3432); packed weights
+have none.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hfquant.errors import KernelError
 from hfquant.kernels.dequantize import dequantize_weight
 from hfquant.kernels.dispatch import define_op, register_autograd
+from hfquant.numerics.packing import packed_length
 
 
 _ARGUMENTS = (
@@ -35,9 +38,20 @@ _ARGUMENTS = (
 def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> None:
     """Define ``hfquant::<name>`` with the arguments above and its gradient."""
 
-    def checked(x: Tensor, *arguments: Any) -> Tensor:
-        _check_activations(x, name)
-        return reference(x, *arguments)
+    def checked(
+        x: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        zero_point: Tensor | None,
+        input_scale: Tensor | None,
+        bias: Tensor | None,
+        dynamic: bool,
+    ) -> Tensor:
+        _check_activations(x, weight, name, bits)
+        bias = None if bias is None else bias.to(x.dtype)
+        # Autocast would round the exact integer products to bfloat16 and return another dtype than promised.
+        with torch.autocast(x.device.type, enabled=False):
+            return reference(x, weight, weight_scale, zero_point, input_scale, bias, dynamic)
 
     def fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -60,9 +74,14 @@ def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> 
     register_autograd(name, backward, setup_context)
 
 
-def _check_activations(x: Tensor, name: str) -> None:
+def _check_activations(x: Tensor, weight: Tensor, name: str, bits: int) -> None:
     if not x.is_floating_point():
         raise KernelError(
             f"{name}: activations are {x.dtype}, expected a floating dtype. The model probably casts its input to "
             "`weight.dtype` of this layer, which is an integer here; add the layer to skip_modules"
+        )
+    if packed_length(x.shape[-1], bits) != weight.shape[-1]:
+        raise KernelError(
+            f"{name}: rows of x hold {x.shape[-1]} values, but rows of the packed weight hold up to "
+            f"{weight.shape[-1] * 32 // bits}; give x [..., K] with the K of the weight"
         )

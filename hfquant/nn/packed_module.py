@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfquant.errors import KernelError
 from hfquant.kernels.dequantize import dequantize_weight
 from hfquant.numerics.packing import PackedWeight, packed_length
 from hfquant.schemes import LayerScheme, WeightScheme
@@ -58,6 +59,10 @@ class FloatWeight:
     def from_rows(self, rows: Tensor) -> Tensor:
         """Values ``[..., N, K]`` in the layout of the float parameter."""
         return rows.transpose(-1, -2).contiguous() if self.transposed else rows
+
+
+NAN_SCALE_BITS = 0x7FC0
+"""Bit pattern of a bfloat16 NaN, in int16."""
 
 
 def companion_name(name: str, suffix: str) -> str:
@@ -124,7 +129,7 @@ class PackedModule(nn.Module):
                 parameters[name] = parameter
                 continue
             for key, (kind, shape) in packed_tensors(name, weights[name], scheme).items():
-                parameters[key] = nn.Parameter(torch.empty(shape, dtype=kind, device=device), requires_grad=False)
+                parameters[key] = nn.Parameter(_unfilled(kind, shape, device), requires_grad=False)
         module._parameters = parameters
         module.float_class, module.float_weights = type(module), weights  # type: ignore[assignment]
         module.scheme, module.compute_dtype = scheme, dtype  # type: ignore[assignment]
@@ -188,7 +193,14 @@ class PackedModule(nn.Module):
         )
 
     def activation_arguments(self, x: Tensor, name: str = "weight") -> dict[str, Any]:
-        """Arguments of the linear op that say how the input ``x`` of the parameter ``name`` is quantized."""
+        """Arguments of the linear op that say how the input ``x`` of the parameter ``name`` is quantized.
+
+        Raises:
+            KernelError: If ``x`` is not ``[..., K]``; the op sees packed rows and could miss that.
+        """
+        in_features = self.float_weights[name].in_features
+        if x.shape[-1] != in_features:
+            raise KernelError(f"{type(self).__name__}.{name} takes rows of {in_features} values, not {x.shape[-1]}")
         if self.input_observer is not None:
             self.input_observer(name, x)
             return {}
@@ -209,7 +221,14 @@ class PackedModule(nn.Module):
     def extra_repr(self) -> str:
         """The float module's description, and the scheme."""
         original: Any = self.float_class.extra_repr
-        return f"{original(self)}, scheme={self.scheme}"
+        return ", ".join(filter(None, (original(self), f"scheme={self.scheme}")))
+
+
+def _unfilled(dtype: torch.dtype, shape: torch.Size, device: torch.device) -> Tensor:
+    """A packed parameter before it is filled: scales are NaN, so that a forward gives NaN and not garbage."""
+    if dtype == torch.int16:
+        return torch.full(shape, NAN_SCALE_BITS, dtype=dtype, device=device)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def is_supported(weight: FloatWeight, scheme: WeightScheme) -> bool:

@@ -61,11 +61,18 @@ def packed_class(module: nn.Module) -> type[PackedModule] | None:
     """The class that can stand for ``module`` on packed weights, if there is one."""
     if isinstance(module, PackedModule):
         return type(module)
+    if _computes_its_weight(module):
+        return None
     if type(module) is nn.Linear or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
         return QuantLinear
     if QuantEmbedding.stands_for(module):
         return QuantEmbedding
     return QuantExperts if QuantExperts.stands_for(module) else None
+
+
+def _computes_its_weight(module: nn.Module) -> bool:
+    """Whether ``weight`` is no parameter but made from others before each forward (pruning, weight norm)."""
+    return hasattr(module, "weight") and "weight" not in module._parameters
 
 
 def select_modules(
@@ -150,6 +157,8 @@ def keep_reason(
 
 
 def _unsupported_reason(module: nn.Module) -> str:
+    if _computes_its_weight(module):
+        return "its weight is computed from other parameters (pruning, weight norm)"
     if isinstance(module, nn.Linear):
         return f"{type(module).__name__} is a subclass of Linear whose owner may read its weight"
     return f"{type(module).__name__} is not a kind of layer that is quantized"

@@ -34,12 +34,12 @@ def swap_modules_(model: nn.Module, schemes: Mapping[str, LayerScheme], ties: Ma
 
 
 def tie_packed_(model: nn.Module, ties: Mapping[str, str]) -> None:
-    """Let each module in ``ties`` share the packed parameters of the module it is tied to."""
+    """Let each module in ``ties`` share the packed weight of the module it is tied to; its inputs are its own."""
     for name, owner in ties.items():
         source = model.get_submodule(owner)
         tied = model.get_submodule(name)
         for key in source._parameters:
-            if key in tied._parameters and key != "bias":
+            if key in tied._parameters and key not in ("bias", "input_scale"):
                 tied._parameters[key] = source._parameters[key]
 
 

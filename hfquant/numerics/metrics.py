@@ -21,4 +21,6 @@ def kl_divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
     """
     reference = torch.log_softmax(reference_logits.double(), dim=-1)
     other = torch.log_softmax(logits.double(), dim=-1)
-    return (reference.exp() * (reference - other)).sum(-1)
+    probability = reference.exp()
+    # A token that the reference rules out adds nothing, whatever the other model thinks of it.
+    return torch.where(probability > 0, probability * (reference - other), 0).sum(-1)

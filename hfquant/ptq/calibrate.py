@@ -97,9 +97,10 @@ def _observing(modules: Mapping[str, PackedModule]) -> Iterator[dict[tuple[str, 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
