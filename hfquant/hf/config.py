@@ -97,6 +97,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.format_version: Any = record.pop("format_version", FORMAT_VERSION)
         self.hfquant_version: Any = record.pop("hfquant_version", None)
         self.save_id: Any = record.pop("save_id", None)
+        self.requested: dict[str, Any] = {}
         if record.pop("quant_method", QUANT_METHOD) != QUANT_METHOD:
             raise ConfigError(f"quant_method: expected {QUANT_METHOD!r}")
         for name in record:
@@ -157,11 +158,26 @@ class HfQuantConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The fields for ``config.json``: what is set, without what only matters while loading."""
         fields = super().to_dict()
-        return {key: value for key, value in fields.items() if value is not None and key not in LOAD_ONLY_FIELDS}
+        hidden = (*LOAD_ONLY_FIELDS, "requested")
+        return {key: value for key, value in fields.items() if value is not None and key not in hidden}
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """Fields that a user may pass for a checkpoint that is quantized already."""
-        return {"dequantize": self.dequantize}
+        """What Transformers copies into the config of a checkpoint that is quantized already."""
+        asked = {name: getattr(self, name) for name in USER_FIELDS if getattr(self, name) is not None}
+        return {"dequantize": self.dequantize, "requested": asked}
+
+    def check_requested(self) -> None:
+        """Compare what a user passed for a quantized checkpoint with what the checkpoint is.
+
+        Raises:
+            ConfigError: If a field was asked for that the checkpoint does not have.
+        """
+        for name, value in self.requested.items():
+            if name not in LOAD_ONLY_FIELDS and value != getattr(self, name):
+                raise ConfigError(
+                    f"{name}={value!r} was asked for, but the checkpoint is quantized already with "
+                    f"{name}={getattr(self, name)!r}; load it as it is, or dequantize it first"
+                )
 
 
 def _read_override(pattern: str, fields: Any) -> ModuleOverride:

@@ -55,7 +55,7 @@ def quantize_model_ptq(
         CalibrationError: If calibration data is missing, empty or does not reach every static layer.
         SchemeError: If a weight holds NaN or infinity.
     """
-    fields = {} if config is None else {k: v for k, v in vars(config).items() if k != "quant_method"}
+    fields = {} if config is None else {k: v for k, v in vars(config).items() if k not in ("quant_method", "requested")}
     config = HfQuantConfig(**copy.deepcopy(fields) | overrides)
     _check_is_float(model)
     quantizer = HfQuantQuantizer(config, pre_quantized=False)

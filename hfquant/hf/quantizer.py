@@ -66,19 +66,12 @@ class HfQuantQuantizer(HfQuantizer):
         self.filled: set[str] = set()
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse what would go wrong silently.
+        """Refuse to quantize on the fly to disk: Transformers would read the float file again.
 
         Raises:
-            ConfigError: For static activations without calibration, and for quantizing on the fly to disk.
+            ConfigError: If ``device_map`` sends layers to disk.
         """
-        if self.pre_quantized:
-            return
-        if self.quantization_config.resolve().quantization_type == "static":
-            raise ConfigError(
-                "quantization_type='static' needs calibration data, which from_pretrained cannot take; load the float "
-                "model and call quantize_model_ptq(model, quantization_type='static', calibration_data=...)"
-            )
-        if isinstance(device_map, dict) and "disk" in device_map.values():
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
             raise ConfigError(
                 "device_map sends layers to disk; quantizing while loading cannot. Quantize and save the model first, "
                 "then load the saved one with this device_map"
@@ -89,11 +82,13 @@ class HfQuantQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         config = self.quantization_config
         if self.pre_quantized:
+            config.check_requested()
             schemes = read_modules(config, model)
             ties = {name: owner for name, owner in module_ties(model).items() if name in schemes and owner in schemes}
             self.selection = Selection(schemes, {}, ties)
         else:
             self.select(model)
+            self._refuse_static()
         swap_modules_(model, self.selection.schemes, self.selection.ties)
         tie_companions(model, self.selection.ties)
         if self.pre_quantized and checkpoint_files is not None:
@@ -114,6 +109,14 @@ class HfQuantQuantizer(HfQuantizer):
                 f"hfquant: {text!r} in skip_modules or overrides matches no module of {type(model).__name__}"
             )
         self.selection = select_modules(model, settings, model_roles(model), strict=bool(config.strict))
+
+    def _refuse_static(self) -> None:
+        for name, scheme in self.selection.schemes.items():
+            if scheme.quantization_type == "static":
+                raise ConfigError(
+                    f"quantization_type='static' ({name}) needs calibration data, which from_pretrained cannot take; "
+                    "load the float model and call quantize_model_ptq(model, ..., calibration_data=...)"
+                )
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether ``param_name`` is a float tensor that has to be packed now."""
@@ -139,8 +142,9 @@ class HfQuantQuantizer(HfQuantizer):
                 rows, module.scheme.weight, algorithm=self.quantization_config.resolved_algorithm, name=name
             )
         except HfQuantError as error:
+            # Raised here it would end as a RuntimeError without its message; it is raised after loading instead.
             self.error = self.error or error
-            raise
+            return {f"{module_name}.{n}": torch.zeros_like(p, device="cpu") for n, p in module.packed_parameters(key)}
         module.sqnr_db[key] = result.sqnr_db
         named = zip(("", "scale", "zero_point"), result.packed, strict=True)
         prefix = f"{module_name}." if module_name else ""

@@ -172,6 +172,11 @@ class PackedModule(nn.Module):
         assert scale is not None
         return PackedWeight(weight, scale, get(companion_name(name, "zero_point")))
 
+    def packed_parameters(self, name: str = "weight") -> list[tuple[str, Tensor]]:
+        """Names and tensors of ``packed(name)``, without those that the scheme does not have."""
+        suffixed = zip(("", "scale", "zero_point"), self.packed(name), strict=True)
+        return [(companion_name(name, s) if s else name, tensor) for s, tensor in suffixed if tensor is not None]
+
     def load_packed(self, packed: PackedWeight, name: str = "weight") -> None:
         """Take ``packed`` as the parameters that stand for the float parameter ``name``."""
         for suffix, tensor in zip(("", "scale", "zero_point"), packed, strict=True):

@@ -335,8 +335,9 @@ def test_there_are_at_least_sixty_kinds() -> None:
 
 
 def test_nothing_is_quantized_again(checkpoints: dict[str, Path]) -> None:
-    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoints["int4"], quantization_config=HfQuantConfig(quantization_bits=8)
-        )
-    assert str(model.get_submodule(Q).scheme).startswith("int4")
+    config = HfQuantConfig(quantization_bits=8)
+    with (
+        pytest.warns(UserWarning, match="already has a `quantization_config`"),
+        pytest.raises(ConfigError, match="quantization_bits=8 was asked for.*quantization_bits=4"),
+    ):
+        AutoModelForCausalLM.from_pretrained(checkpoints["int4"], quantization_config=config)

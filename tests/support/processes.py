@@ -69,5 +69,3 @@ def compare_in_new_process(saved: list[list[str]], *, prefix: str = "", **enviro
     assert done.returncode == 0, done.stderr[-3000:]
     failures: list[list[str]] = json.loads(done.stdout.splitlines()[-1])
     return failures
-
-
