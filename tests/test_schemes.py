@@ -88,13 +88,13 @@ def test_the_users_words_come_back(quantization_type: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("in_features", "advice"),
-    [(96, "32, 16 or -1"), (640, "128, 64, 32, 16 or -1"), (50, "use -1"), (7, "use -1")],
+    ("in_features", "group_size", "advice"),
+    [(96, 64, "use 32, 16 or -1"), (640, 48, "use 128, 64, 32, 16 or -1"), (50, 16, "use -1"), (7, 64, "use -1")],
 )
-def test_groups_that_do_not_divide_name_sizes_that_do(in_features: int, advice: str) -> None:
-    scheme = LayerScheme.parse("int4-g48" if in_features != 96 else "int4-g64")
-    with pytest.raises(SchemeError, match=f"in_features={in_features} is not a multiple of .*{advice}"):
-        scheme.weight.groups(in_features)
+def test_groups_that_do_not_divide_name_sizes_that_do(in_features: int, group_size: int, advice: str) -> None:
+    message = f"in_features={in_features} is not a multiple of group_size={group_size}; {advice}"
+    with pytest.raises(SchemeError, match=message):
+        LayerScheme.parse(f"int4-g{group_size}").weight.groups(in_features)
 
 
 @settings(deadline=None, max_examples=50)

@@ -91,7 +91,9 @@ class HfQuantQuantizer(HfQuantizer):
             self._refuse_static()
         swap_modules_(model, self.selection.schemes, self.selection.ties)
         tie_companions(model, self.selection.ties)
-        if self.pre_quantized and checkpoint_files is not None:
+        if not self.pre_quantized:
+            expect_float_weights_(model)
+        elif checkpoint_files is not None:
             check_checkpoint(model, checkpoint_files, config)
         return model
 
@@ -173,6 +175,9 @@ class HfQuantQuantizer(HfQuantizer):
         for name, module in list(packed_modules(model)):
             if name in self.filled or name in self.selection.ties:
                 continue
+            for key in module.float_weights:
+                words = torch.zeros_like(module.packed(key).weight, dtype=torch.int32)
+                module._parameters[key] = torch.nn.Parameter(words, requires_grad=False)
             module.restore_()
             model._init_weights(module)
             del self.selection.schemes[name]
@@ -198,6 +203,11 @@ class HfQuantQuantizer(HfQuantizer):
         return True
 
     @property
+    def quantized_element_size(self) -> float | None:
+        """Bytes of one packed word, for device maps: while quantizing, float placeholders stand for the words."""
+        return None if self.pre_quantized else 4.0
+
+    @property
     def is_trainable(self) -> bool:
         """Adapters train on top; gradients flow through packed layers."""
         return True
@@ -211,6 +221,19 @@ class HfQuantQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Packed layers are ops that torch.compile keeps whole."""
         return True
+
+
+def expect_float_weights_(model: PreTrainedModel) -> None:
+    """Let the packed weights (on the meta device) have the float dtype of what is about to be read.
+
+    Transformers 5.17 casts a tensor to the dtype of the parameter it is for, also when it is to be quantized first:
+    weights cast to int32 would all be zero.
+    """
+    for _, module in packed_modules(model):
+        for key in module.float_weights:
+            words = module.packed(key).weight
+            placeholder = torch.empty(words.shape, dtype=module.compute_dtype, device=words.device)
+            module._parameters[key] = torch.nn.Parameter(placeholder, requires_grad=False)
 
 
 def align_float_parameters_(model: PreTrainedModel) -> None:

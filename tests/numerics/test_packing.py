@@ -1,15 +1,29 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch import Tensor
 
 from hfquant.numerics.packing import has_clean_padding, pack, packed_length, unpack
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.sampled_from([4, 8]), st.integers(1, 70), st.integers(0, 2**16))
-def test_unpack_undoes_pack(bits: int, length: int, seed: int) -> None:
+bits_of = st.sampled_from([4, 8])
+lengths = st.integers(1, 70)
+seeds = st.integers(0, 2**16)
+
+
+def random_codes(*shape: int, bits: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (2, 3, length), generator=generator).to(torch.int8)
+    return torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), shape, generator=generator).to(torch.int8)
+
+
+def unsigned(words: Tensor) -> list[int]:
+    return [word & 0xFFFFFFFF for word in words.flatten().tolist()]
+
+
+@settings(deadline=None, max_examples=50)
+@given(bits_of, lengths, seeds)
+def test_unpack_undoes_pack(bits: int, length: int, seed: int) -> None:
+    codes = random_codes(2, 3, length, bits=bits, seed=seed)
     words = pack(codes, bits=bits)
     assert words.shape == (2, 3, packed_length(length, bits))
     assert words.dtype == torch.int32
@@ -17,29 +31,62 @@ def test_unpack_undoes_pack(bits: int, length: int, seed: int) -> None:
     assert has_clean_padding(words, bits=bits, length=length)
 
 
+@settings(deadline=None, max_examples=50)
+@given(bits_of, lengths, seeds)
+def test_the_order_is_least_significant_first_with_an_offset(bits: int, length: int, seed: int) -> None:
+    codes = random_codes(1, length, bits=bits, seed=seed)
+    per_word, offset = 32 // bits, 1 << (bits - 1)
+    expected = [0] * packed_length(length, bits)
+    for i, code in enumerate(codes[0].tolist()):
+        expected[i // per_word] |= (code + offset) << (bits * (i % per_word))
+    assert unsigned(pack(codes, bits=bits)) == expected
+
+
 def test_layout_of_int4_words() -> None:
     codes = torch.tensor([[-8, -7, -6, -5, -4, -3, -2, -1, 7]], dtype=torch.int8)
-    assert [word & 0xFFFFFFFF for word in pack(codes, bits=4).flatten().tolist()] == [0x76543210, 0x0000000F]
+    assert unsigned(pack(codes, bits=4)) == [0x76543210, 0x0000000F]
 
 
 def test_layout_of_int8_words() -> None:
     codes = torch.tensor([[-128, -127, 0, 127, 1]], dtype=torch.int8)
-    assert [word & 0xFFFFFFFF for word in pack(codes, bits=8).flatten().tolist()] == [0xFF800100, 0x00000081]
+    assert unsigned(pack(codes, bits=8)) == [0xFF800100, 0x00000081]
 
 
-def test_the_order_is_least_significant_first_with_an_offset() -> None:
-    codes = torch.randint(-8, 8, (1, 16), dtype=torch.int8)
-    expected = [sum((int(c) + 8) << (4 * i) for i, c in enumerate(codes[0, s : s + 8])) for s in (0, 8)]
-    assert [word & 0xFFFFFFFF for word in pack(codes, bits=4).flatten().tolist()] == expected
+@settings(deadline=None, max_examples=50)
+@given(bits_of, st.integers(2, 70))
+def test_a_packed_row_is_shorter_than_the_float_row(bits: int, length: int) -> None:
+    assert packed_length(length, bits) < length
 
 
-@pytest.mark.parametrize(("bits", "length", "bad"), [(4, 9, 1 << 4), (4, 9, 1 << 31), (8, 5, 1 << 8), (8, 7, 1 << 30)])
-def test_bits_behind_the_codes_are_noticed(bits: int, length: int, bad: int) -> None:
-    words = pack(torch.zeros(3, length, dtype=torch.int8), bits=bits)
-    words[1, -1] = words[1, -1] | (bad if bad < 1 << 31 else bad - (1 << 32))
-    assert not has_clean_padding(words, bits=bits, length=length)
+@pytest.mark.parametrize(("bits", "length"), [(4, 9), (4, 15), (4, 1), (8, 5), (8, 7), (8, 1)])
+def test_every_bit_behind_the_codes_is_noticed(bits: int, length: int) -> None:
+    clean = pack(random_codes(3, length, bits=bits), bits=bits)
+    for position in range(length * bits % 32, 32):
+        words = clean.clone()
+        words[1, -1] ^= (1 << position) if position < 31 else -(1 << 31)
+        assert not has_clean_padding(words, bits=bits, length=length)
+        assert torch.equal(unpack(words, bits=bits, length=length), unpack(clean, bits=bits, length=length))
 
 
-def test_words_of_a_view_are_unpacked() -> None:
-    words = pack(torch.randint(-8, 8, (4, 32), dtype=torch.int8), bits=4)
-    assert torch.equal(unpack(words.t().contiguous().t(), bits=4, length=32), unpack(words, bits=4, length=32))
+@pytest.mark.parametrize(("bits", "length"), [(4, 16), (8, 8)])
+def test_full_words_have_no_padding(bits: int, length: int) -> None:
+    assert has_clean_padding(torch.full((2, 2), -1, dtype=torch.int32), bits=bits, length=length)
+    assert has_clean_padding(torch.empty(0, 2, dtype=torch.int32), bits=bits, length=length - 1)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_views_are_packed_and_unpacked(bits: int) -> None:
+    codes = random_codes(64, 4, bits=bits)
+    words = pack(codes.t(), bits=bits)
+    assert torch.equal(words, pack(codes.t().contiguous(), bits=bits))
+    strided = words.t().contiguous().t()
+    assert not strided.is_contiguous()
+    assert torch.equal(unpack(strided, bits=bits, length=64), codes.t())
+    assert torch.equal(unpack(words[1::2], bits=bits, length=64), codes.t()[1::2])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_rows_are_packed_too(bits: int) -> None:
+    words = pack(torch.empty(0, 9, dtype=torch.int8), bits=bits)
+    assert words.shape == (0, packed_length(9, bits))
+    assert unpack(words, bits=bits, length=9).shape == (0, 9)
