@@ -54,7 +54,7 @@ def run(folder: Path, out: Path, ids: torch.Tensor, context: int) -> dict:
     model, seconds = quantize(folder, out)
     info = get_quantization_info(model)
     original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    compared = compare_models(original, model, ids, context=context)
+    compared = compare_models(original, {"int4": model}, ids, context=context)["int4"]
     sizes = file_bytes(folder), file_bytes(out)
     return {"info": info, "seconds": seconds, "compared": compared, "sizes": sizes}
 

@@ -29,7 +29,7 @@ def evaluate(
     if reference is None:
         result = perplexity(judged, ids, context=context).to_dict()
     else:
-        result = compare_models(_load(reference, context), judged, ids, context=context).to_dict()
+        result = compare_models(_load(reference, context), {model: judged}, ids, context=context)[model].to_dict()
     print_result(result, as_json=json, title=model)
 
 

@@ -1,7 +1,7 @@
 """A quantized model beside the original: divergence, agreement, perplexity in one pass, and sentence similarity."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from hfquant.evaluation.perplexity import negative_log_likelihood, windows
 from hfquant.numerics.metrics import kl_divergence
 
 
-ROWS_AT_A_TIME = 64
-"""Positions whose float64 distributions are in memory at once."""
+ROWS_AT_A_TIME = 128
+"""Positions whose distributions are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -45,36 +45,54 @@ class Comparison:
 
 @torch.no_grad()
 def compare_models(
-    reference: nn.Module, model: nn.Module, token_ids: Tensor, *, context: int = 512, progress: bool = True
-) -> Comparison:
-    """Run both causal language models over the same windows.
+    reference: nn.Module,
+    models: Mapping[str, nn.Module],
+    token_ids: Tensor,
+    *,
+    context: int = 512,
+    progress: bool = True,
+) -> dict[str, Comparison]:
+    """Run causal language models over the same windows as the original, which runs once for all of them.
 
     Args:
         reference: The original.
-        model: The model that is judged.
+        models: The models that are judged, by name.
         token_ids: The text ``[T]``, int64.
         context: Tokens in a window.
         progress: Show a progress bar.
+
+    Returns:
+        A comparison for each name.
     """
     parts = list(windows(token_ids, context))
     count = sum(part.numel() - 1 for part in parts)
-    totals = torch.zeros(4, dtype=torch.float64)
+    totals = {name: torch.zeros(3, dtype=torch.float64) for name in models}
+    reference_loss = 0.0
     for window in tqdm(parts, desc="Comparing", unit="window", disable=not progress):
-        ours = model(window.to(_device(model))).logits.cpu()
         theirs = reference(window.to(_device(reference))).logits.cpu()
-        divergence, same = _divergence(theirs[0, :-1], ours[0, :-1])
-        losses = [float(negative_log_likelihood(logits, window)) for logits in (ours, theirs)]
-        totals += torch.tensor([*losses, divergence, same], dtype=torch.float64)
-    loss, reference_loss, mean_kl, agreement = (float(total) / count for total in totals)
-    return Comparison(math.exp(loss), math.exp(reference_loss), mean_kl, agreement, count, context)
+        reference_loss += float(negative_log_likelihood(theirs, window))
+        for name, model in models.items():
+            totals[name] += _measure(theirs, model(window.to(_device(model))).logits.cpu(), window)
+    return {
+        name: Comparison(
+            perplexity=math.exp(float(loss) / count),
+            reference_perplexity=math.exp(reference_loss / count),
+            mean_kl=float(divergence) / count,
+            top1_agreement=float(same) / count,
+            tokens=count,
+            context=context,
+        )
+        for name, (loss, divergence, same) in totals.items()
+    }
 
 
-def _divergence(reference: Tensor, logits: Tensor) -> tuple[float, int]:
-    """Sum of KL(reference || model) and number of equal top tokens over logits ``[T, V]``."""
+def _measure(reference: Tensor, logits: Tensor, window: Tensor) -> Tensor:
+    """Negative log likelihood, divergence and equal top tokens, summed over the window: ``[3]``, float64."""
     divergence = 0.0
-    for theirs, ours in zip(reference.split(ROWS_AT_A_TIME), logits.split(ROWS_AT_A_TIME), strict=True):
-        divergence += float(kl_divergence(theirs, ours).sum())
-    return divergence, int((reference.argmax(-1) == logits.argmax(-1)).sum())
+    for theirs, ours in zip(reference[0, :-1].split(ROWS_AT_A_TIME), logits[0, :-1].split(ROWS_AT_A_TIME), strict=True):
+        divergence += float(kl_divergence(theirs, ours, dtype=torch.float32).double().sum())
+    same = int((reference[0, :-1].argmax(-1) == logits[0, :-1].argmax(-1)).sum())
+    return torch.tensor([float(negative_log_likelihood(logits, window)), divergence, same], dtype=torch.float64)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -33,9 +33,10 @@ def _float_block(a: Tensor, b: Tensor) -> Tensor:
 
 def _has_fast_int_mm(a: Tensor) -> bool:
     # Without AVX-512 torch._int_mm runs a scalar loop on a CPU, without VNNI oneDNN adds pairs of products in int16,
-    # which saturates; on CUDA it refuses M <= 16 and odd sizes.
+    # which saturates, and with K = 1 it misreads strides; on CUDA it refuses M <= 16 and odd sizes.
     return (
         a.device.type == "cpu"
+        and a.shape[-1] > 1
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.cpu._is_vnni_supported()
     )

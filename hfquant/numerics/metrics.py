@@ -13,14 +13,19 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     return float(10 * torch.log10(signal / noise))
 
 
-def kl_divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference || model) per position in nats, from logits ``[..., V]``; computed in float64.
+def kl_divergence(reference_logits: Tensor, logits: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """KL(reference || model) per position in nats, from logits ``[..., V]``.
+
+    Args:
+        reference_logits: Of the original.
+        logits: Of the model that is judged.
+        dtype: To compute in; float32 is several times faster and exact to about 1e-6 nats.
 
     Returns:
-        Divergence ``[...]``, float64, not negative up to rounding.
+        Divergence ``[...]`` in ``dtype``, not negative up to rounding.
     """
-    reference = torch.log_softmax(reference_logits.double(), dim=-1)
-    other = torch.log_softmax(logits.double(), dim=-1)
+    reference = torch.log_softmax(reference_logits.to(dtype), dim=-1)
+    other = torch.log_softmax(logits.to(dtype), dim=-1)
     probability = reference.exp()
     # A token that the reference rules out adds nothing, whatever the other model thinks of it.
     return torch.where(probability > 0, probability * (reference - other), 0).sum(-1)

@@ -1,7 +1,7 @@
 """Data-free search: the scale of each group that minimises its squared error, among those that clip almost nothing.
 
-The largest weight of a group lies on the outermost level, -8, which has no counterpart at +8: a scale of either sign puts
-it there whatever the weight's sign, so all 16 levels are used. Around that scale a few ratios are tried.
+The largest weight of a group lies on the outermost level, -8, which has no counterpart at +8: a scale of either sign
+puts it there whatever the weight's sign, so all 16 levels are used. Around that scale a few ratios are tried.
 
 Why not a wider search: scales that clip the largest weight lower the squared error and raise the perplexity. The
 measurements are in docs/decisions/0007-data-free-search.md.
@@ -75,4 +75,5 @@ def _squared_error(groups: Tensor, scale: Tensor, zero_point: Tensor | None, bit
         shift = zero_point.unsqueeze(-1).float()
         values.clamp_(smallest - shift, largest - shift)
     values.mul_(step).sub_(groups)
-    return torch.linalg.vecdot(values, values)
+    error: Tensor = torch.linalg.vecdot(values, values)
+    return error
