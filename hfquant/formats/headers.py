@@ -69,7 +69,9 @@ def read_header(file: Path) -> Header:
         raise FormatError(f"{file.name}: the header is not JSON ({error}); the file is damaged") from error
     if not isinstance(content, dict):
         raise FormatError(f"{file.name}: the header is not a JSON object; the file is damaged")
-    metadata = content.pop("__metadata__", None) or {}
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise FormatError(f"{file.name}: the metadata in the header is not a JSON object; the file is damaged")
     tensors = {name: _stored_tensor(file, name, entry, size - 8 - length) for name, entry in content.items()}
     _check_layout(file, content, size - 8 - length)
     return Header(file, tensors, metadata)

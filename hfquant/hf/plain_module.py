@@ -76,9 +76,7 @@ def load_quantized(model: Model, save_directory: str | Path) -> Model:
     tensors = load_file(file)
     tensors |= {name: tensors[owner] for name, owner in duplicates.items() if name not in tensors}
     model.load_state_dict(tensors, assign=True)
-    for _, module in packed_modules(model):
-        for name in module.float_weights:
-            module.load_packed(module.packed(name), name)
+    _tie(model, duplicates)
     model.hf_quantizer = HfQuantQuantizer(config, pre_quantized=True)
     return model
 
@@ -127,6 +125,14 @@ def _ties(model: nn.Module, schemes: Mapping[str, LayerScheme]) -> dict[str, str
 def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     duplicates = _duplicate_names(model)
     return {name: t.contiguous() for name, t in model.state_dict().items() if name not in duplicates}
+
+
+def _tie(model: nn.Module, duplicates: Mapping[str, str]) -> None:
+    """Let each name in ``duplicates`` be the very parameter that its earlier name is."""
+    for name, owner in duplicates.items():
+        module, _, key = name.rpartition(".")
+        if key in model.get_submodule(module)._parameters:
+            model.get_submodule(module)._parameters[key] = model.get_parameter(owner)
 
 
 def _duplicate_names(model: nn.Module) -> dict[str, str]:

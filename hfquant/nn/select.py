@@ -7,7 +7,7 @@ from math import gcd
 from torch import nn
 
 from hfquant.errors import ConfigError, SchemeError
-from hfquant.nn.packed_module import FloatWeight, PackedModule, is_supported
+from hfquant.nn.packed_module import PackedModule, is_supported
 from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.quant_experts import QuantExperts
 from hfquant.nn.quant_linear import QuantLinear
@@ -188,29 +188,27 @@ def _scheme_for(
     assert target is not None
     weights = target.weights_of(module)
     own = settings.for_module(name)
-    in_features = _common_in_features(weights)
+    inputs = {weight.in_features for weight in weights.values()}
     if name in roles.embeddings or name in roles.heads:
         # A table is looked up or multiplied once per token: its activations stay in float.
         bits = _embedding_bits(name, settings)
         asked = own.group_size if bits == own.bits == 4 else None
-        return _fit(bits, "weight_only", asked, own.symmetric, in_features, model_parameters)
-    return _fit(own.bits, own.quantization_type, own.group_size, own.symmetric, in_features, model_parameters)
+        return _fit(bits, "weight_only", asked, own.symmetric, inputs, model_parameters)
+    return _fit(own.bits, own.quantization_type, own.group_size, own.symmetric, inputs, model_parameters)
 
 
 def _fit(
-    bits: int, quantization_type: str, group_size: int | None, symmetric: bool, in_features: int, model_parameters: int
+    bits: int, quantization_type: str, group_size: int | None, symmetric: bool, inputs: set[int], model_parameters: int
 ) -> LayerScheme:
+    """The scheme for weights whose rows have the lengths ``inputs``; one that is a single group is per channel."""
+    common = gcd(*inputs)  # a group size divides it if and only if it divides them all
     if group_size is None:
-        group_size = -1 if bits == 8 else automatic_group_size(in_features, model_parameters) or -1
-    elif group_size != -1 and in_features % group_size:
-        raise SchemeError(f"in_features={in_features}, group_size={group_size}; use {fitting_group_sizes(in_features)}")
-    size = None if group_size in (-1, in_features) else group_size
+        group_size = -1 if bits == 8 else automatic_group_size(common, model_parameters) or -1
+    elif group_size != -1 and common % group_size:
+        given = " and ".join(map(str, sorted(inputs)))
+        raise SchemeError(f"in_features={given}, group_size={group_size}; use {fitting_group_sizes(common)}")
+    size = None if group_size == -1 or inputs == {group_size} else group_size
     return make_layer_scheme(bits, quantization_type, size, symmetric)  # type: ignore[arg-type]
-
-
-def _common_in_features(weights: Mapping[str, FloatWeight]) -> int:
-    """A number that a group size divides if and only if it divides K of every weight."""
-    return gcd(*(weight.in_features for weight in weights.values()))
 
 
 def _tied_groups(modules: Mapping[str, nn.Module], roles: ModelRoles) -> dict[str, tuple[str, ...]]:
