@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hfquant.errors import CalibrationError
-from hfquant.evaluation.perplexity import negative_log_likelihood, windows
-from hfquant.numerics.metrics import kl_divergence
+from hfquant.evaluation.perplexity import windows
+from hfquant.numerics.metrics import log_probability_kl
 
 
 ROWS_AT_A_TIME = 128
@@ -69,10 +69,10 @@ def compare_models(
     totals = {name: torch.zeros(3, dtype=torch.float64) for name in models}
     reference_loss = 0.0
     for window in tqdm(parts, desc="Comparing", unit="window", disable=not progress):
-        theirs = reference(window.to(_device(reference))).logits.cpu()
-        reference_loss += float(negative_log_likelihood(theirs, window))
+        theirs = _log_probabilities(reference, window)
+        reference_loss += _loss(theirs, window)
         for name, model in models.items():
-            totals[name] += _measure(theirs, model(window.to(_device(model))).logits.cpu(), window)
+            totals[name] += _measure(theirs, _log_probabilities(model, window), window)
     return {
         name: Comparison(
             perplexity=math.exp(float(loss) / count),
@@ -86,13 +86,21 @@ def compare_models(
     }
 
 
-def _measure(reference: Tensor, logits: Tensor, window: Tensor) -> Tensor:
+def _log_probabilities(model: nn.Module, window: Tensor) -> Tensor:
+    """Log probabilities ``[T - 1, V]``, float32, that ``model`` gives each token of ``window [1, T]`` but the first."""
+    return torch.log_softmax(model(window.to(_device(model))).logits[0, :-1].float(), dim=-1).cpu()
+
+
+def _loss(log_probabilities: Tensor, window: Tensor) -> float:
+    return -float(log_probabilities.gather(-1, window[0, 1:].unsqueeze(-1)).double().sum())
+
+
+def _measure(reference: Tensor, ours: Tensor, window: Tensor) -> Tensor:
     """Negative log likelihood, divergence and equal top tokens, summed over the window: ``[3]``, float64."""
-    divergence = 0.0
-    for theirs, ours in zip(reference[0, :-1].split(ROWS_AT_A_TIME), logits[0, :-1].split(ROWS_AT_A_TIME), strict=True):
-        divergence += float(kl_divergence(theirs, ours, dtype=torch.float32).double().sum())
-    same = int((reference[0, :-1].argmax(-1) == logits[0, :-1].argmax(-1)).sum())
-    return torch.tensor([float(negative_log_likelihood(logits, window)), divergence, same], dtype=torch.float64)
+    parts = zip(reference.split(ROWS_AT_A_TIME), ours.split(ROWS_AT_A_TIME), strict=True)
+    divergence = sum(float(log_probability_kl(theirs, mine).double().sum()) for theirs, mine in parts)
+    same = int((reference.argmax(-1) == ours.argmax(-1)).sum())
+    return torch.tensor([_loss(ours, window), divergence, same], dtype=torch.float64)
 
 
 def _device(model: nn.Module) -> torch.device:

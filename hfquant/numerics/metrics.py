@@ -24,8 +24,13 @@ def kl_divergence(reference_logits: Tensor, logits: Tensor, *, dtype: torch.dtyp
     Returns:
         Divergence ``[...]`` in ``dtype``, not negative up to rounding.
     """
-    reference = torch.log_softmax(reference_logits.to(dtype), dim=-1)
-    other = torch.log_softmax(logits.to(dtype), dim=-1)
+    return log_probability_kl(
+        torch.log_softmax(reference_logits.to(dtype), dim=-1), torch.log_softmax(logits.to(dtype), dim=-1)
+    )
+
+
+def log_probability_kl(reference: Tensor, other: Tensor) -> Tensor:
+    """KL(reference || other) per position in nats, from log probabilities ``[..., V]``, in their dtype."""
     probability = reference.exp()
     # A token that the reference rules out adds nothing, whatever the other model thinks of it.
     return torch.where(probability > 0, probability * (reference - other), 0).sum(-1)
