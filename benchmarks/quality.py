@@ -33,17 +33,18 @@ RESULTS = Path(__file__).with_name("results")
 
 INT4 = {"quantization_bits": 4, "quantization_type": "weight_only"}
 INT8 = {"quantization_bits": 8}
+SCHEMES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "INT8 weight-only": (INT8 | {"quantization_type": "weight_only"}, (16, 8, 4)),
+    "INT8 dynamic": (INT8 | {"quantization_type": "dynamic"}, (8,)),
+    "INT4 g64 absmax": (INT4 | {"group_size": 64, "algorithm": "rtn"}, (8,)),
+    "INT4 g64 search": (INT4 | {"group_size": 64}, (16, 8, 4)),
+    "INT4 g32 absmax": (INT4 | {"group_size": 32, "algorithm": "rtn"}, (8,)),
+    "INT4 g32 search": (INT4 | {"group_size": 32}, (8, 4)),
+}
 LANGUAGE: dict[str, dict[str, Any]] = {
     f"{name}, embeddings {bits}": fields | {"embedding_bits": bits}
-    for name, fields in {
-        "INT8 weight-only": INT8 | {"quantization_type": "weight_only"},
-        "INT8 dynamic": INT8 | {"quantization_type": "dynamic"},
-        "INT4 g64 absmax": INT4 | {"group_size": 64, "algorithm": "rtn"},
-        "INT4 g64 search": INT4 | {"group_size": 64},
-        "INT4 g32 absmax": INT4 | {"group_size": 32, "algorithm": "rtn"},
-        "INT4 g32 search": INT4 | {"group_size": 32},
-    }.items()
-    for bits in ((8,) if "absmax" in name else (16, 8, 4))
+    for name, (fields, embeddings) in SCHEMES.items()
+    for bits in embeddings
 }
 ENCODER: dict[str, dict[str, Any]] = {
     "INT8 weight-only": INT8 | {"quantization_type": "weight_only"},

@@ -1,5 +1,6 @@
 """Checking a quantized checkpoint against the model that Transformers is about to fill."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,4 +115,13 @@ def _required_tensors(model: PreTrainedModel, expected: Mapping[str, Any], *, ev
     packed = {
         f"{name}.{key}" for name, m in model.named_modules() if isinstance(m, PackedModule) for key in m._parameters
     } - {f"{name}.bias" for name, _ in model.named_modules()}
-    return [name for name in expected if name not in tied and (everything or name in packed)]
+    if not everything:
+        return [name for name in expected if name in packed and name not in tied]
+    return [name for name in expected if name in packed or not _is_made_anew(model, name) if name not in tied]
+
+
+def _is_made_anew(model: PreTrainedModel, name: str) -> bool:
+    """Whether the model says that ``name`` is not saved, or may be missing: fixed position tables, say."""
+    if name in (model._keys_to_ignore_on_save or ()):
+        return True
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())

@@ -10,7 +10,7 @@ from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.hf.roles import model_roles
 from hfquant.nn.packed_module import FloatWeight, PackedModule, packed_bytes
-from hfquant.nn.select import has_quantizable_weight, keep_reason
+from hfquant.nn.select import group_keep_reason, has_quantizable_weight, tied_groups
 from hfquant.numerics.affine import scale_from_bits
 
 
@@ -206,7 +206,8 @@ def _reason(
     if known is not None:
         return known
     if has_quantizable_weight(module):
-        reason = keep_reason(name, modules, quantizer.quantization_config.resolve(), model_roles(model))
+        settings, roles = quantizer.quantization_config.resolve(), model_roles(model)
+        reason = group_keep_reason(name, modules, settings, roles, tied_groups(modules, roles))
         return reason or "not quantized when the checkpoint was made"
     if isinstance(parameter, Tensor) and parameter.ndim <= 1:
         return "norm" if "norm" in type(module).__name__.lower() else "vector"

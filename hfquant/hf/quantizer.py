@@ -21,7 +21,7 @@ from hfquant.hf.config import QUANT_METHOD, HfQuantConfig
 from hfquant.hf.roles import model_roles, tie_companions, untie_companions
 from hfquant.nn.packed_module import PackedModule, companion_name
 from hfquant.nn.quant_embedding import QuantEmbedding
-from hfquant.nn.select import Selection, select_modules, unmatched_patterns
+from hfquant.nn.select import ASKED, Selection, has_expert_weights, select_modules, unmatched_patterns
 from hfquant.nn.swap import packed_modules, restore_modules_, swap_modules_
 from hfquant.ptq.quantize_weight import quantize_weight
 
@@ -111,6 +111,13 @@ class HfQuantQuantizer(HfQuantizer):
                 f"hfquant: {text!r} in skip_modules or overrides matches no module of {type(model).__name__}"
             )
         self.selection = select_modules(model, settings, model_roles(model), strict=bool(config.strict))
+        experts = {
+            reason
+            for name, reason in self.selection.kept.items()
+            if has_expert_weights(model.get_submodule(name)) and not reason.startswith(ASKED)
+        }
+        for reason in sorted(experts):
+            logger.warning(f"hfquant: experts of {type(model).__name__} stay in float: {reason}")
 
     def _refuse_static(self) -> None:
         for name, scheme in self.selection.schemes.items():

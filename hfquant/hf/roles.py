@@ -1,12 +1,13 @@
 """What a Transformers model says about itself: embeddings, heads, ties, and what it keeps in float32."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from hfquant.nn.packed_module import companion_name
 from hfquant.nn.select import ModelRoles
+from hfquant.nn.weight_readers import read_by_owner
 from hfquant.schemes import ModulePattern
 
 
@@ -15,18 +16,33 @@ def model_roles(model: nn.Module) -> ModelRoles:
     names = {id(module): name for name, module in model.named_modules()}
     if not isinstance(model, PreTrainedModel):
         embeddings = frozenset(name for name, module in model.named_modules() if isinstance(module, nn.Embedding))
-        return ModelRoles(embeddings=embeddings)
+        return ModelRoles(embeddings=embeddings, weight_readers=read_by_owner(model))
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     embeddings = frozenset(
         names[id(m)] for part in parts for m in _asked(part, "get_input_embeddings") if id(m) in names
     )
     heads = frozenset(names[id(m)] for part in parts for m in _asked(part, "get_output_embeddings") if id(m) in names)
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    for target, source in ties.items():
-        if source.rpartition(".")[0] in embeddings:
-            # An encoder's copy of the table, say, that no accessor names.
-            embeddings |= {target.rpartition(".")[0]} - heads
-    return ModelRoles(embeddings=embeddings, heads=heads, ties=ties, float32=tuple(_float32_patterns(parts)))
+    embeddings |= _tied_tables(model, ties, embeddings | heads)
+    return ModelRoles(
+        embeddings=embeddings,
+        heads=heads,
+        ties=ties,
+        float32=tuple(_float32_patterns(parts)),
+        weight_readers=read_by_owner(model),
+    )
+
+
+def _tied_tables(model: PreTrainedModel, ties: Mapping[str, str], known: frozenset[str]) -> set[str]:
+    """The ``nn.Embedding`` modules that share a weight with those in ``known``, over any number of ties.
+
+    An encoder's copy of the table, say, or a shared one that no accessor names.
+    """
+    pairs = [(target.rpartition(".")[0], source.rpartition(".")[0]) for target, source in ties.items()]
+    reached = set(known)
+    for _ in pairs:
+        reached |= {other for pair in pairs if reached & set(pair) for other in pair}
+    return {name for name in reached - known if isinstance(model.get_submodule(name), nn.Embedding)}
 
 
 def _asked(part: PreTrainedModel, method: str) -> Iterator[nn.Module]:

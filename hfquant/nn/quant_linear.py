@@ -13,8 +13,19 @@ LINEAR_OPS: dict[int, Callable[..., Tensor]] = {4: int4_linear, 8: int8_linear}
 """The linear op for each number of bits."""
 
 
+SAME_FORMULA = ("FalconLinear",)
+"""Subclasses of ``nn.Linear`` in Transformers that compute the very same."""
+
+
 class QuantLinear(PackedModule, nn.Linear):
     """``x @ weight.T + bias`` on a packed weight ``[N, K]``; stands for ``nn.Linear`` and Transformers' ``Conv1D``."""
+
+    @staticmethod
+    def stands_for(module: nn.Module) -> bool:
+        """Whether ``module`` computes what this class computes; any other subclass of ``nn.Linear`` may not."""
+        name = type(module).__name__
+        is_linear = type(module) is nn.Linear or (isinstance(module, nn.Linear) and name in SAME_FORMULA)
+        return is_linear or (name == "Conv1D" and hasattr(module, "nf"))
 
     @staticmethod
     def weights_of(module: nn.Module) -> dict[str, FloatWeight]:

@@ -30,12 +30,14 @@ class ModelRoles:
         heads: Names of output heads.
         ties: Parameter name -> name of the parameter it is tied to.
         float32: Modules that the model itself insists on keeping in float32.
+        weight_readers: Module name -> class of the owner that reads its weight (``nn/weight_readers.py``).
     """
 
     embeddings: frozenset[str] = frozenset()
     heads: frozenset[str] = frozenset()
     ties: Mapping[str, str] = field(default_factory=dict)
     float32: tuple[ModulePattern, ...] = ()
+    weight_readers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -63,7 +65,7 @@ def packed_class(module: nn.Module) -> type[PackedModule] | None:
         return type(module)
     if _computes_its_weight(module):
         return None
-    if type(module) is nn.Linear or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
+    if QuantLinear.stands_for(module):
         return QuantLinear
     if QuantEmbedding.stands_for(module):
         return QuantEmbedding
@@ -87,12 +89,11 @@ def select_modules(
     """
     modules = dict(model.named_modules())
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    groups = _tied_groups(modules, roles)
+    groups = tied_groups(modules, roles)
     selection, misfits = Selection(), []
     for name, module in modules.items():
         first = groups.get(name, (name,))[0]
-        members = groups.get(first, (name,))
-        reason = next(filter(None, (keep_reason(m, modules, settings, roles) for m in members)), None)
+        reason = group_keep_reason(name, modules, settings, roles, groups)
         if reason is not None:
             if has_quantizable_weight(module):
                 selection.kept[name] = reason
@@ -116,7 +117,7 @@ def _check(selection: Selection, modules: Mapping[str, nn.Module], misfits: list
     unasked = {
         name: reason
         for name, reason in selection.kept.items()
-        if isinstance(modules[name], nn.Linear) and not reason.startswith(ASKED)
+        if (isinstance(modules[name], nn.Linear) or has_expert_weights(modules[name])) and not reason.startswith(ASKED)
     }
     if strict and unasked:
         listed = "\n  ".join(f"{name}: {reason}" for name, reason in unasked.items())
@@ -129,7 +130,28 @@ def _check(selection: Selection, modules: Mapping[str, nn.Module], misfits: list
 
 def has_quantizable_weight(module: nn.Module) -> bool:
     """Whether ``module`` is of a kind whose being kept deserves a reason of its own."""
-    return isinstance(module, (nn.Linear, nn.Embedding)) or packed_class(module) is not None
+    if isinstance(module, (nn.Linear, nn.Embedding)) or has_expert_weights(module):
+        return True
+    return packed_class(module) is not None
+
+
+def has_expert_weights(module: nn.Module) -> bool:
+    """Whether ``module`` holds linear weights of several experts, in whatever layout."""
+    return "Experts" in type(module).__name__ and any(
+        parameter is not None and parameter.ndim == 3 for parameter in module._parameters.values()
+    )
+
+
+def group_keep_reason(
+    name: str,
+    modules: Mapping[str, nn.Module],
+    settings: QuantizationSettings,
+    roles: ModelRoles,
+    groups: Mapping[str, tuple[str, ...]],
+) -> str | None:
+    """Why the module ``name`` stays in float, or one it shares its weight with; ``None`` if all are to be quantized."""
+    members = groups.get(name, (name,))
+    return next(filter(None, (keep_reason(member, modules, settings, roles) for member in members)), None)
 
 
 def keep_reason(
@@ -146,11 +168,10 @@ def keep_reason(
     target = packed_class(module)
     if target is None:
         return _unsupported_reason(module)
-    parent = modules.get(name.rpartition(".")[0])
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        return "torch's TransformerEncoderLayer reads this weight itself"
     if any(pattern.matches(name) for pattern in roles.float32):
         return "the model lists it in _keep_in_fp32_modules"
+    if name in roles.weight_readers:
+        return f"{roles.weight_readers[name]} reads this weight itself"
     if (name in roles.embeddings or name in roles.heads) and _embedding_bits(name, settings) == 16:
         return "embedding_bits=16"
     return _shape_reason(module, target, settings)
@@ -159,6 +180,8 @@ def keep_reason(
 def _unsupported_reason(module: nn.Module) -> str:
     if _computes_its_weight(module):
         return "its weight is computed from other parameters (pruning, weight norm)"
+    if has_expert_weights(module):
+        return f"{type(module).__name__} computes its experts in a way that is not known here"
     if isinstance(module, nn.Linear):
         return f"{type(module).__name__} is a subclass of Linear whose owner may read its weight"
     return f"{type(module).__name__} is not a kind of layer that is quantized"
@@ -211,7 +234,7 @@ def _fit(
     return make_layer_scheme(bits, quantization_type, size, symmetric)  # type: ignore[arg-type]
 
 
-def _tied_groups(modules: Mapping[str, nn.Module], roles: ModelRoles) -> dict[str, tuple[str, ...]]:
+def tied_groups(modules: Mapping[str, nn.Module], roles: ModelRoles) -> dict[str, tuple[str, ...]]:
     """Module name -> all modules that share its weight, the one that owns it first; only for shared ones."""
     groups: dict[str, list[str]] = {}
     for target, source in _tied_parameters(modules, roles):

@@ -102,12 +102,14 @@ def test_every_parameter_is_accounted_for(name: str) -> None:
     listed = [q.name for q in info.quantized] + [k.name for k in info.kept]
     assert sorted(listed) == sorted(weights)
     for kept in info.kept:
-        assert kept.reason.startswith(EXPECTED_REASONS), f"{kept.name}: {kept.reason}"
-    assert info.coverage > 0.75
+        known = kept.reason.startswith(EXPECTED_REASONS) or kept.reason.endswith("reads this weight itself")
+        assert known, f"{kept.name}: {kept.reason}"
+    assert info.coverage > TINY[name].coverage
     packed = {key for key, m in model.named_modules() if isinstance(m, PackedModule)}
     linears = {key for key, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - packed
     reasons = {k.name.rpartition(".")[0]: k.reason for k in info.kept if k.name.endswith(".weight")}
-    assert all("_keep_in_fp32" in reasons[key] for key in linears)
+    known_reasons = ("_keep_in_fp32", "reads this weight", "tied to")
+    assert all(any(part in reasons[key] for part in known_reasons) for key in linears)
 
 
 def test_tied_tables_are_stored_once_and_tied_again(tmp_path: Path) -> None:

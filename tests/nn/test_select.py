@@ -10,6 +10,7 @@ from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.quant_experts import QuantExperts
 from hfquant.nn.quant_linear import QuantLinear
 from hfquant.nn.select import ModelRoles, Selection, packed_class, select_modules, unmatched_patterns
+from hfquant.nn.weight_readers import read_by_owner
 from hfquant.schemes import ModuleOverride, ModulePattern, QuantizationSettings
 from tests.support.packed import pack_
 from tests.support.tiny_models import build
@@ -32,7 +33,7 @@ class Model(nn.Module):
         self.head = nn.Linear(128, 20, bias=False)
 
 
-ROLES = ModelRoles(embeddings=frozenset({"embed"}), heads=frozenset({"head"}))
+ROLES = ModelRoles(embeddings=frozenset({"embed"}), heads=frozenset({"head"}), weight_readers=read_by_owner(Model()))
 
 
 def select(
@@ -59,14 +60,14 @@ def test_every_layer_is_selected_or_kept_with_a_reason() -> None:
         "wide": "int4-g64",
         "one_group": "int4-channel",
         "head": "int8-channel",
-    } | dict.fromkeys((), "int4-channel")
+    }
     assert selection.kept == {
         "positions": "not an input embedding",
         "subclass": "OwnLinear is a subclass of Linear whose owner may read its weight",
         "encoder.self_attn.out_proj": "NonDynamicallyQuantizableLinear is a subclass of Linear whose owner may read "
         "its weight",
-        "encoder.linear1": "torch's TransformerEncoderLayer reads this weight itself",
-        "encoder.linear2": "torch's TransformerEncoderLayer reads this weight itself",
+        "encoder.linear1": "TransformerEncoderLayer reads this weight itself",
+        "encoder.linear2": "TransformerEncoderLayer reads this weight itself",
         "narrow": "shape: too small to pack",
     }
 
@@ -135,7 +136,7 @@ def test_strict_refuses_what_nobody_asked_to_keep() -> None:
         select(strict=True, skip_modules=(ModulePattern("subclass"),))
     listed = str(caught.value)
     assert "narrow: shape" in listed
-    assert "encoder.linear1: torch's" in listed
+    assert "encoder.linear1: TransformerEncoderLayer reads" in listed
     assert "subclass" not in listed.replace("is a subclass", "")
     assert "positions" not in listed
 

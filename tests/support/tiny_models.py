@@ -11,11 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TinyModel:
-    """How to build one model, what to feed it, and whether it generates text."""
+    """How to build one model, what to feed it, whether it generates text, and the share of weights to be packed."""
 
     build: Callable[[], t.PreTrainedModel]
     inputs: Callable[[], dict[str, Tensor]]
     generates: bool = False
+    coverage: float = 0.75
 
 
 TEXT = {
@@ -158,6 +159,42 @@ def llava() -> t.PreTrainedModel:
     return t.LlavaForConditionalGeneration(config)
 
 
+def falcon() -> t.PreTrainedModel:
+    config = t.FalconConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=2
+    )
+    return t.FalconForCausalLM(config)
+
+
+def marian() -> t.PreTrainedModel:
+    """Its position tables are not saved, and its embedding is tied to a table that no accessor names."""
+    sizes = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in BART_SIDE.items()}
+    tokens = {"pad_token_id": 0, "eos_token_id": 2, "forced_eos_token_id": 2, "decoder_start_token_id": 1}
+    return t.MarianMTModel(t.MarianConfig(vocab_size=128, d_model=64, max_position_embeddings=64, **sizes, **tokens))
+
+
+def mamba() -> t.PreTrainedModel:
+    """Reads some of its weights itself; its head is one of them, and tied to the embedding."""
+    return t.MambaForCausalLM(t.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, state_size=8))
+
+
+def switch() -> t.PreTrainedModel:
+    config = t.SwitchTransformersConfig(
+        vocab_size=128,
+        d_model=64,
+        d_kv=16,
+        d_ff=96,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+        num_experts=2,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+        decoder_start_token_id=0,
+    )
+    return t.SwitchTransformersForConditionalGeneration(config)
+
+
 ODD = {"hidden_size": 36, "intermediate_size": 50, "head_dim": 10, "num_attention_heads": 3, "num_key_value_heads": 1}
 
 TINY: dict[str, TinyModel] = {
@@ -177,6 +214,10 @@ TINY: dict[str, TinyModel] = {
     "t5": TinyModel(t5, seq2seq_inputs, True),
     "vit": TinyModel(vit, image_inputs),
     "whisper": TinyModel(whisper, audio_inputs, True),
+    "falcon": TinyModel(falcon, text_inputs, True),
+    "marian": TinyModel(marian, seq2seq_inputs, True),
+    "mamba": TinyModel(mamba, text_inputs, coverage=0.4),
+    "switch": TinyModel(switch, seq2seq_inputs, coverage=0.6),
     "llava": TinyModel(llava, image_text_inputs, True),
 }
 
@@ -186,8 +227,8 @@ def build(name: str) -> t.PreTrainedModel:
     torch.manual_seed(0)
     model = TINY[name].build().eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
+        for key, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and key not in (model._keys_to_ignore_on_save or ()):
                 parameter.mul_(4)
     return model
 
