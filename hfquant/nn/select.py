@@ -170,7 +170,7 @@ def keep_reason(
         return _unsupported_reason(module)
     if any(pattern.matches(name) for pattern in roles.float32):
         return "the model lists it in _keep_in_fp32_modules"
-    if name in roles.weight_readers:
+    if name in roles.weight_readers and settings.overrides_bits(name) is None:
         return f"{roles.weight_readers[name]} reads this weight itself"
     if (name in roles.embeddings or name in roles.heads) and _embedding_bits(name, settings) == 16:
         return "embedding_bits=16"

@@ -141,6 +141,12 @@ def test_strict_refuses_what_nobody_asked_to_keep() -> None:
     assert "positions" not in listed
 
 
+def test_an_override_outranks_the_source_of_the_owner() -> None:
+    selection = select(overrides=(override("encoder.linear1", bits=4),))
+    assert "encoder.linear1" in selection.schemes
+    assert "encoder.linear2" in selection.kept
+
+
 def test_strict_accepts_what_was_asked_for() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(20, 64), "up": nn.Linear(64, 64), "down": nn.Linear(64, 64)})
     asked = {"skip_modules": (ModulePattern("up"),), "embedding_bits": 16}
