@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hfquant.errors import KernelError
 from hfquant.kernels.dequantize import dequantize_weight
-from hfquant.kernels.dispatch import define_op, register_autograd
+from hfquant.kernels.dispatch import define_op, register_autograd, register_triton, run
 from hfquant.numerics.packing import packed_length
 
 
@@ -51,7 +51,8 @@ def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> 
         bias = None if bias is None else bias.to(x.dtype)
         # Autocast would round the exact integer products to bfloat16 and return another dtype than promised.
         with torch.autocast(x.device.type, enabled=False):
-            return reference(x, weight, weight_scale, zero_point, input_scale, bias, dynamic)
+            out: Tensor = run(name, x, weight, weight_scale, zero_point, input_scale, bias, dynamic)
+            return out
 
     def fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -70,8 +71,15 @@ def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> 
             grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
         return grad_x, None, None, None, None, grad_bias, None
 
-    define_op(name + _ARGUMENTS, reference=checked, fake=fake)
+    define_op(name + _ARGUMENTS, reference=reference, fake=fake, entry=checked)
+    register_triton(name, _refuses)
     register_autograd(name, backward, setup_context)
+
+
+def _refuses(x: Tensor, *_: Any) -> str | None:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"activations are {x.dtype}"
+    return None if x.numel() else "there are no activations"
 
 
 def _check_activations(x: Tensor, weight: Tensor, name: str, bits: int) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hfquant.kernels.dequantize.reference import dequantize_reference
-from hfquant.kernels.dispatch import define_op
+from hfquant.kernels.dispatch import define_op, register_triton
 
 
 def _fake(
@@ -19,6 +19,7 @@ define_op(
     reference=dequantize_reference,
     fake=_fake,
 )
+register_triton("dequantize")
 
 
 def dequantize_weight(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hfquant.kernels.dispatch import define_op
+from hfquant.kernels.dispatch import define_op, register_triton
 from hfquant.kernels.quant_embedding.reference import quant_embedding_reference
 
 
@@ -25,6 +25,7 @@ define_op(
     reference=quant_embedding_reference,
     fake=_fake,
 )
+register_triton("quant_embedding")
 
 
 def quant_embedding(
@@ -52,7 +53,7 @@ def quant_embedding(
         Embeddings ``[*ids.shape, K]``.
 
     Raises:
-        IndexError: If an id is not a row of the table.
+        IndexError: If an id is not a row of the table; on a GPU, where that cannot raise, its row is NaN.
     """
     out: Tensor = torch.ops.hfquant.quant_embedding(
         ids, weight, weight_scale, weight_zero_point, bits, embedding_dim, dtype

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hfquant.kernels.dispatch import define_op
+from hfquant.kernels.dispatch import define_op, register_triton
 from hfquant.kernels.quantize_rows.reference import quantize_rows_reference
 
 
@@ -12,6 +12,7 @@ def _fake(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 define_op("quantize_rows(Tensor x, Tensor? scale) -> (Tensor, Tensor)", reference=quantize_rows_reference, fake=_fake)
+register_triton("quantize_rows")
 
 
 def quantize_rows(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
