@@ -11,9 +11,11 @@ from hfquant.errors import (
     SchemeError,
 )
 from hfquant.hf.config import HfQuantConfig
+from hfquant.hf.export import export_model
 from hfquant.hf.info import QuantizationInfo, get_quantization_info
 from hfquant.hf.plain_module import load_quantized, save_quantized
 from hfquant.hf.quantize import dequantize_model, quantize_model_ptq
+from hfquant.hf.verify import verify_checkpoint
 
 
 __all__ = [
@@ -26,10 +28,12 @@ __all__ = [
     "QuantizationInfo",
     "SchemeError",
     "dequantize_model",
+    "export_model",
     "get_quantization_info",
     "load_quantized",
     "quantize_model_ptq",
     "save_quantized",
+    "verify_checkpoint",
 ]
 
 __version__ = _version("hfquant")

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from hfquant.cli.models import check_output, copy_companion_files, folder_bytes, load_model, parse_dtype
+from hfquant.cli.models import check_output, folder_bytes, load_model, parse_dtype
 from hfquant.cli.output import print_result
 from hfquant.formats.staging import staged_folder
+from hfquant.hf.companions import copy_companion_files
 from hfquant.hf.quantize import dequantize_model
 
 

@@ -6,11 +6,13 @@ import typer
 
 from hfquant.cli.dequantize import dequantize
 from hfquant.cli.evaluate import evaluate
+from hfquant.cli.export import export
 from hfquant.cli.generate import generate
 from hfquant.cli.info import info
 from hfquant.cli.kernels import kernels
 from hfquant.cli.output import reporting_errors
 from hfquant.cli.quantize import quantize
+from hfquant.cli.verify import verify
 
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -20,6 +22,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "dequantize": dequantize,
     "kernels": kernels,
+    "export": export,
+    "verify": verify,
 }
 
 app = typer.Typer(

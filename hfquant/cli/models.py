@@ -1,26 +1,15 @@
 """Loading models by path or Hub name, and the files that travel with them."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from hfquant.cli.output import one_line
 from hfquant.errors import ConfigError
 
-
-COMPANION_FILES = (
-    *("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.spm", "*.bpe", "*.py", "LICENSE*", "NOTICE*"),
-    *("additional_chat_templates/*.jinja", "[0-9]_*/config.json"),
-)
-"""Tokenizer, processor, chat templates, code, licence, modules of sentence encoders: what belongs to a model."""
-
-OWN_FILES = ("config.json", "generation_config.json", "*.index.json", "trainer_state.json", "requirements*.txt")
-"""What ``save_pretrained`` writes itself, and what is about the folder and not about the model."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -97,19 +86,6 @@ def check_output(output: Path, model: str, *, overwrite: bool) -> Path:
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise ConfigError(f"{output} is not empty; pass --overwrite to replace the checkpoint in it")
     return output
-
-
-def copy_companion_files(model: str, target: Path) -> None:
-    """Copy what belongs to ``model`` (folder or Hub name) beside its weights into ``target``, byte for byte."""
-    source = Path(model)
-    if not source.is_dir():
-        source = Path(snapshot_download(model, allow_patterns=list(COMPANION_FILES)))
-    found = {file for pattern in COMPANION_FILES for file in source.glob(pattern)}
-    for file in sorted(found):
-        if file.is_file() and not any(file.match(pattern) for pattern in OWN_FILES if file.parent == source):
-            copy = target / file.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
 
 
 def folder_bytes(folder: Path) -> int:

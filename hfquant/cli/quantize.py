@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfquant.cli.config_file import load_config_file
-from hfquant.cli.models import check_output, copy_companion_files, folder_bytes, load_model, read_config
+from hfquant.cli.models import check_output, folder_bytes, load_model, read_config
 from hfquant.cli.output import print_result
 from hfquant.cli.text import load_tokenizer, read_text, text_windows
 from hfquant.errors import CalibrationError, ConfigError
 from hfquant.formats.staging import staged_folder
+from hfquant.hf.companions import copy_companion_files
 from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.info import get_quantization_info
 from hfquant.hf.quantize import quantize_model_ptq

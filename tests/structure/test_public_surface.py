@@ -20,10 +20,12 @@ PUBLIC = [
     "QuantizationInfo",
     "SchemeError",
     "dequantize_model",
+    "export_model",
     "get_quantization_info",
     "load_quantized",
     "quantize_model_ptq",
     "save_quantized",
+    "verify_checkpoint",
 ]
 FILES = sorted((ROOT / "hfquant").rglob("*.py"))
 
