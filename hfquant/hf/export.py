@@ -24,6 +24,7 @@ from hfquant.formats.shards import ShardWriter, file_sha256, parse_size
 from hfquant.formats.staging import staged_folder
 from hfquant.formats.stored_weight import StoredWeight
 from hfquant.hf.companions import copy_companion_files
+from hfquant.hf.export_gguf import write_gguf
 from hfquant.hf.roles import model_roles
 from hfquant.hf.source import QuantizedSource, open_source
 from hfquant.hf.verify import EXPORT_RECORD
@@ -198,10 +199,23 @@ def export_model(
             check_engine(engine, format, layers, tensor_parallel=tensor_parallel)
         report = ExportReport(format, str(output))
         wanted = DTYPES[dtype] if dtype else None
+        if format == "gguf":
+            _write_gguf(source, folder, report, wanted or source.model.dtype, progress=progress)
+            return report
         target = _target(format, engine, gptq_version, layers, wanted or source.model.dtype)
         job = _Job(source, target, folder, report, wanted)
         job.write(parse_size(max_shard_size), progress=progress)
     return report
+
+
+def _write_gguf(
+    source: QuantizedSource, folder: Path, report: ExportReport, dtype: torch.dtype, *, progress: bool
+) -> None:
+    name = Path(source.model.config.name_or_path or "model").name or "model"
+    report.schemes, report.notes = write_gguf(source, folder, dtype, name=name, progress=progress)
+    write_configs(source, folder, None, dtype)
+    report.file_bytes = sum(file.stat().st_size for file in folder.glob("*.gguf"))
+    write_record(folder, report)
 
 
 def _target(

