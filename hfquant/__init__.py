@@ -12,6 +12,7 @@ from hfquant.errors import (
 )
 from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.export import export_model
+from hfquant.hf.importing import import_model
 from hfquant.hf.info import QuantizationInfo, get_quantization_info
 from hfquant.hf.plain_module import load_quantized, save_quantized
 from hfquant.hf.quantize import dequantize_model, quantize_model_ptq
@@ -30,6 +31,7 @@ __all__ = [
     "dequantize_model",
     "export_model",
     "get_quantization_info",
+    "import_model",
     "load_quantized",
     "quantize_model_ptq",
     "save_quantized",

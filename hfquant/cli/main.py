@@ -8,6 +8,7 @@ from hfquant.cli.dequantize import dequantize
 from hfquant.cli.evaluate import evaluate
 from hfquant.cli.export import export
 from hfquant.cli.generate import generate
+from hfquant.cli.import_ import import_checkpoint
 from hfquant.cli.info import info
 from hfquant.cli.kernels import kernels
 from hfquant.cli.output import reporting_errors
@@ -23,6 +24,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "dequantize": dequantize,
     "kernels": kernels,
     "export": export,
+    "import": import_checkpoint,
     "verify": verify,
 }
 

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfquant.errors import FormatError, SchemeError
 from hfquant.formats.stored_weight import StoredWeight
-from hfquant.numerics.packing import pack
-from hfquant.schemes import LayerScheme
+from hfquant.numerics.affine import code_range
+from hfquant.numerics.packing import pack, unpack
+from hfquant.schemes import ActivationScheme, LayerScheme, WeightScheme
 
 
 QUANT_METHOD = "compressed-tensors"
@@ -116,3 +118,90 @@ def _scheme_fields(scheme: LayerScheme) -> dict[str, Any]:
         strategy = "token" if activation.dynamic else "tensor"
         inputs = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": activation.dynamic, "strategy": strategy}
     return {"weights": fields, "input_activations": inputs, "output_activations": None}
+
+
+def read_schemes(config: Mapping[str, Any]) -> list[tuple[LayerScheme, list[str]]]:
+    """The scheme and the targets of each group of a ``quantization_config``.
+
+    Raises:
+        SchemeError: If the checkpoint holds something that hfquant does not compute.
+        FormatError: If the config is damaged.
+    """
+    try:
+        if config.get("quantization_status", "compressed") != "compressed":
+            raise SchemeError(f"quantization_status={config['quantization_status']!r}: expected 'compressed'")
+        if config.get("kv_cache_scheme") is not None:
+            raise SchemeError("the checkpoint quantizes the key-value cache, which hfquant does not")
+        groups = config["config_groups"].values()
+        return [(_read_group(group), list(group["targets"])) for group in groups]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"quantization_config cannot be read ({error!r}); config.json is damaged") from error
+
+
+def _read_group(group: Mapping[str, Any]) -> LayerScheme:
+    weights, inputs = group["weights"], group.get("input_activations")
+    strategy, size = weights["strategy"], weights.get("group_size")
+    known = weights["type"] == "int" and weights["num_bits"] in (4, 8) and strategy in ("group", "channel")
+    if not known or weights.get("actorder") in ("group", "dynamic", True) or group.get("output_activations"):
+        raise SchemeError(
+            f"a group with weights {dict(weights)!r} cannot be imported; expected 4 or 8 bit integers with one scale "
+            "per group or channel, without group activation order and quantized outputs"
+        )
+    activation = None
+    if inputs is not None:
+        kind = (inputs["type"], inputs["num_bits"], inputs["symmetric"], inputs["strategy"])
+        dynamic = bool(inputs.get("dynamic", False))
+        if kind != ("int", 8, True, "token" if dynamic else "tensor"):
+            raise SchemeError(f"input_activations {dict(inputs)!r}: expected symmetric INT8, per token or per tensor")
+        activation = ActivationScheme(dynamic)
+    weight = WeightScheme(weights["num_bits"], size if strategy == "group" else None, weights["symmetric"])
+    return LayerScheme(weight, activation)
+
+
+def read_layer(name: str, tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int]) -> dict[str, Any]:
+    """Codes, scales and zero points of one layer.
+
+    Args:
+        name: Of the layer, for errors.
+        tensors: What is stored, by the names behind the module's own.
+        scheme: Of the layer.
+        shape: ``(N, K)`` of the float weight.
+
+    Returns:
+        ``codes [N, K]`` int8, ``scale [N, K // G]``, ``zero_point [N, K // G]`` int8 or ``None``, ``input_scale`` or
+        ``None``.
+
+    Raises:
+        FormatError: If a tensor is missing, misshapen or out of range.
+    """
+    bits, groups = scheme.weight.bits, scheme.weight.groups(shape[1])
+    if "weight_packed" in tensors:
+        words = tensors["weight_packed"]
+        _expect(name, "weight_packed", words, torch.int32, (shape[0], -(-shape[1] * bits // 32)))
+        codes = unpack(words, bits=bits, length=shape[1])
+    else:
+        codes = tensors["weight"]
+        _expect(name, "weight", codes, torch.int8, shape)
+        if codes.numel() and not code_range(bits)[0] <= int(codes.min()) <= int(codes.max()) <= code_range(bits)[1]:
+            raise FormatError(f"{name}.weight holds codes beyond {bits} bits; the file is damaged")
+    zero_point = tensors.get("weight_zero_point")
+    if not scheme.weight.symmetric:
+        if zero_point is None:
+            raise FormatError(f"{name}.weight_zero_point is missing; the scheme is asymmetric")
+        if zero_point.dtype == torch.int32:
+            _expect(name, "weight_zero_point", zero_point, torch.int32, (-(-shape[0] * bits // 32), groups))
+            zero_point = unpack(zero_point.t().contiguous(), bits=bits, length=shape[0]).t()
+    scale = tensors.get("weight_scale")
+    if scale is None or tuple(scale.shape) != (shape[0], groups):
+        found = None if scale is None else list(scale.shape)
+        raise FormatError(f"{name}.weight_scale: expected {[shape[0], groups]}, found {found}")
+    zeros = None if scheme.weight.symmetric else zero_point
+    return {"codes": codes, "scale": scale, "zero_point": zeros, "input_scale": tensors.get("input_scale")}
+
+
+def _expect(name: str, key: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise FormatError(
+            f"{name}.{key}: expected {dtype} {list(shape)}, found {tensor.dtype} {list(tensor.shape)}; config.json and "
+            "the weights do not belong together"
+        )

@@ -13,15 +13,16 @@ carries into the neighbour. Symmetric weights have the zero ``2**(bits - 1)`` ev
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hfquant.errors import SchemeError
+from hfquant.errors import FormatError, SchemeError
 from hfquant.formats.stored_weight import StoredWeight
-from hfquant.numerics.packing import pack
-from hfquant.schemes import LayerScheme
+from hfquant.numerics.packing import pack, unpack
+from hfquant.schemes import LayerScheme, WeightScheme
 
 
 QUANT_METHOD = "gptq"
@@ -87,3 +88,53 @@ def quantization_config(scheme: LayerScheme, kept: list[str], *, version: int, w
     if kept:
         fields["dynamic"] = {f"-:^{re.escape(module)}$": {} for module in kept}
     return fields
+
+
+def read_scheme(config: Mapping[str, Any]) -> LayerScheme:
+    """The scheme of all layers, from a ``quantization_config``.
+
+    Raises:
+        SchemeError: If hfquant cannot hold it.
+    """
+    bits, size = config.get("bits"), config.get("group_size")
+    if (
+        bits not in (4, 8)
+        or not isinstance(size, int)
+        or any(key.startswith("+") for key in config.get("dynamic") or ())
+    ):
+        raise SchemeError(f"GPTQ with bits={bits!r}, group_size={size!r} or other schemes per layer cannot be imported")
+    return LayerScheme(WeightScheme(bits, None if size == -1 else size, bool(config.get("sym", True))))
+
+
+def read_layer(
+    name: str, tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int], *, version: int
+) -> dict[str, Any]:
+    """Codes, scales and zero points of one layer, as ``compressed_tensors.read_layer`` gives them.
+
+    Raises:
+        FormatError: If a tensor is missing or misshapen.
+        SchemeError: If the inputs were reordered (``desc_act``).
+    """
+    bits, groups = scheme.weight.bits, scheme.weight.groups(shape[1])
+    sizes = {
+        "qweight": (shape[1] * bits // 32, shape[0]),
+        "qzeros": (groups, shape[0] * bits // 32),
+        "scales": (groups, shape[0]),
+    }
+    for key, size in sizes.items():
+        found = tensors.get(key)
+        if found is None or tuple(found.shape) != size:
+            raise FormatError(
+                f"{name}.{key}: expected {list(size)}, found {None if found is None else list(found.shape)}"
+            )
+    if "g_idx" in tensors and not torch.equal(tensors["g_idx"].long(), torch.arange(shape[1]) // (shape[1] // groups)):
+        raise SchemeError(f"{name}: its inputs are in activation order (desc_act); quantize with desc_act=False")
+    codes = unpack(tensors["qweight"].t().contiguous(), bits=bits, length=shape[1])
+    zeros = unpack(tensors["qzeros"], bits=bits, length=shape[0]).t()
+    if version == 1:
+        lowest = -(1 << (bits - 1))
+        zeros = torch.where(zeros == -lowest - 1, lowest, zeros + 1).to(torch.int8)
+    if scheme.weight.symmetric and bool((zeros != 0).any()):
+        raise FormatError(f"{name}.qzeros: the checkpoint says it is symmetric, but has zero points")
+    zero_point = None if scheme.weight.symmetric else zeros
+    return {"codes": codes, "scale": tensors["scales"].t(), "zero_point": zero_point, "input_scale": None}

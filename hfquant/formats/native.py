@@ -50,8 +50,12 @@ def content_metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """
     if not all(type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta for tensor in tensors.values()):
         return {SAVE_ID_KEY: uuid.uuid4().hex}
-    digests = {name: tensor_sha256(tensors[name]) for name in sorted(tensors)}
-    text = json.dumps(digests, separators=(",", ":"))
+    return digest_metadata({name: tensor_sha256(tensor) for name, tensor in tensors.items()})
+
+
+def digest_metadata(digests: Mapping[str, str]) -> dict[str, str]:
+    """Safetensors metadata for a checkpoint whose tensors have these sha256."""
+    text = json.dumps(dict(sorted(digests.items())), separators=(",", ":"))
     return {SAVE_ID_KEY: hashlib.sha256(text.encode()).hexdigest()[:32], SHA256_KEY: text}
 
 

@@ -22,6 +22,7 @@ PUBLIC = [
     "dequantize_model",
     "export_model",
     "get_quantization_info",
+    "import_model",
     "load_quantized",
     "quantize_model_ptq",
     "save_quantized",
