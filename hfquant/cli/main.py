@@ -12,6 +12,7 @@ from hfquant.cli.import_ import import_checkpoint
 from hfquant.cli.info import info
 from hfquant.cli.kernels import kernels
 from hfquant.cli.output import reporting_errors
+from hfquant.cli.push import push
 from hfquant.cli.quantize import quantize
 from hfquant.cli.verify import verify
 
@@ -26,6 +27,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "export": export,
     "import": import_checkpoint,
     "verify": verify,
+    "push": push,
 }
 
 app = typer.Typer(

@@ -97,11 +97,8 @@ def read_scheme(config: Mapping[str, Any]) -> LayerScheme:
         SchemeError: If hfquant cannot hold it.
     """
     bits, size = config.get("bits"), config.get("group_size")
-    if (
-        bits not in (4, 8)
-        or not isinstance(size, int)
-        or any(key.startswith("+") for key in config.get("dynamic") or ())
-    ):
+    mixed = any(key.startswith("+") for key in config.get("dynamic") or ())
+    if bits not in (4, 8) or not isinstance(size, int) or mixed:
         raise SchemeError(f"GPTQ with bits={bits!r}, group_size={size!r} or other schemes per layer cannot be imported")
     return LayerScheme(WeightScheme(bits, None if size == -1 else size, bool(config.get("sym", True))))
 

@@ -107,13 +107,14 @@ class _Import:
     def __init__(self, folder: Path, *, round_scales: bool) -> None:
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         fields = self.config.get("quantization_config") or {}
-        self.method = fields.get("quant_method")
+        self.method = str(fields.get("quant_method"))
         if self.method not in SUFFIXES:
-            raise ConfigError(f"{folder}: quant_method={self.method!r}; expected one of {', '.join(SUFFIXES)}")
+            raise ConfigError(f"{folder}: quant_method={self.method!r}: expected one of {', '.join(SUFFIXES)}")
         self.fields, self.round_scales, self.largest_rounding = fields, round_scales, 0.0
         self.model: PreTrainedModel = skeleton(folder)
         self.modules = dict(self.model.named_modules())
-        self.files, self.schemes = ExitStack(), {}
+        self.files = ExitStack()
+        self.schemes: dict[str, LayerScheme] = {}
         self.plain, self.layers = self._sorted(checkpoint_files(folder))
         self._check_complete()
 
