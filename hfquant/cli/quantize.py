@@ -33,6 +33,7 @@ def quantize(
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Without zero points.")] = None,
     algorithm: Annotated[str | None, typer.Option(help="search or rtn.")] = None,
     embedding_bits: Annotated[int | None, typer.Option(help="Embedding and head: 8, 4, or 16 for float.")] = None,
+    backend: Annotated[str | None, typer.Option(help="hfquant or bitsandbytes.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Module to keep in float; repeat for more.")] = None,
     strict: Annotated[bool | None, typer.Option("--strict", help="Fail if a linear layer would stay float.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file with these settings.")] = None,
@@ -53,6 +54,7 @@ def quantize(
         "symmetric": symmetric,
         "algorithm": algorithm,
         "embedding_bits": embedding_bits,
+        "backend": backend,
         "skip_modules": skip or None,
         "strict": strict,
     }

@@ -21,7 +21,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "symmetric": (True, False),
     "algorithm": ("rtn", "search"),
     "embedding_bits": (16, 8, 4),
-    "backend": ("hfquant",),
+    "backend": ("hfquant", "bitsandbytes"),
+    "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "bnb_4bit_use_double_quant": (True, False),
     "strict": (True, False),
     "dequantize": (True, False),
 }
@@ -57,7 +59,9 @@ class HfQuantConfig(QuantizationConfigMixin):
         skip_modules: Names, parts of names (``"mlp.down_proj"``) or globs of modules to keep in float.
         overrides: Module name, part or glob -> fields that differ there (``quantization_bits`` 16, 8 or 4,
             ``quantization_type``, ``group_size``, ``symmetric``); a later entry wins.
-        backend: ``"hfquant"``.
+        backend: ``"hfquant"`` (default) or ``"bitsandbytes"``, with its own modules and checkpoints.
+        bnb_4bit_quant_type: ``"nf4"`` (default) or ``"fp4"``, for 4 bits with bitsandbytes.
+        bnb_4bit_use_double_quant: Whether bitsandbytes quantizes its scales too.
         strict: Raise if a linear layer would stay in float although nobody asked for it.
         dequantize: On loading a quantized checkpoint, return the float model of its values.
         record: What a checkpoint adds (``modules``, ``save_id``, ``format_version``, ...); not for users.
@@ -77,6 +81,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         skip_modules: list[str] | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         backend: str | None = None,
+        bnb_4bit_quant_type: str | None = None,
+        bnb_4bit_use_double_quant: bool | None = None,
         strict: bool | None = None,
         dequantize: bool | None = None,
         **record: Any,
@@ -91,6 +97,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.skip_modules = skip_modules
         self.overrides = overrides
         self.backend = backend
+        self.bnb_4bit_quant_type = bnb_4bit_quant_type
+        self.bnb_4bit_use_double_quant = bnb_4bit_use_double_quant
         self.strict = strict
         self.dequantize = dequantize
         self.modules: dict[str, str] | None = record.pop("modules", None)
@@ -112,6 +120,9 @@ class HfQuantConfig(QuantizationConfigMixin):
         """
         for name, choices in CHOICES.items():
             check_choice(name, getattr(self, name), choices)
+        for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+            if getattr(self, name) is not None and (self.backend != "bitsandbytes" or self.quantization_bits != 4):
+                raise ConfigError(f"{name} is for backend='bitsandbytes' with quantization_bits=4")
         check_group_size("group_size", self.group_size)
         if self.skip_modules is not None:
             if not isinstance(self.skip_modules, (list, tuple)):

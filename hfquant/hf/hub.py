@@ -14,12 +14,8 @@ from hfquant.hf.verify import EXPORT_RECORD
 
 
 WEIGHT_FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.bin",
-    "*.bin.index.json",
-    "*.gguf",
-    "quantize_config.json",
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.gguf"),
+    *("quantize_config.json", EXPORT_RECORD),
 )
 """What an earlier push may have left, and a loader might take for the model."""
 
@@ -114,12 +110,8 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 def _snippet(model_class: str, imports: list[str]) -> Any:
     def lines(name: str) -> list[str]:
-        return [
-            *imports,
-            f"from transformers import {model_class}",
-            "",
-            f'model = {model_class}.from_pretrained("{name}")',
-        ]
+        load = f'model = {model_class}.from_pretrained("{name}")'
+        return [*imports, f"from transformers import {model_class}", "", load]
 
     return lines
 
@@ -146,7 +138,7 @@ def _base_metadata(base_model: str | None, token: str | bool | None) -> dict[str
     if base_model is None:
         return {}
     try:
-        card = ModelCard.load(base_model, token=token)
+        card = ModelCard.load(base_model, token=token if isinstance(token, str) else None)
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):
         return {}
     found = card.data.to_dict()

@@ -1,11 +1,12 @@
 """``get_quantization_info``: what is quantized, how well, what is kept and why."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from hfquant.hf.bitsandbytes import bitsandbytes_parameters, is_bitsandbytes
 from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.hf.roles import model_roles
@@ -138,6 +139,8 @@ class QuantizationInfo:
 
 def get_quantization_info(model: nn.Module) -> QuantizationInfo:
     """What is quantized in ``model``, how, and why the rest is kept; also for a model that is not quantized."""
+    if is_bitsandbytes(model):
+        return _bitsandbytes_info(model)
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, HfQuantQuantizer):
         return QuantizationInfo(False, kept=tuple(_kept(model, None)))
@@ -152,6 +155,23 @@ def get_quantization_info(model: nn.Module) -> QuantizationInfo:
         embedding_bits=settings.embedding_bits,
         quantized=tuple(_quantized(model)),
         kept=tuple(_kept(model, quantizer)),
+    )
+
+
+def _bitsandbytes_info(model: nn.Module) -> QuantizationInfo:
+    quantized = tuple(QuantizedParameter(**fields) for fields in bitsandbytes_parameters(model))
+    names = {parameter.name for parameter in quantized}
+    kept = (replace(k, reason="bitsandbytes keeps it") for k in _kept(model, None) if k.name not in names)
+    four = all(parameter.scheme != "llm.int8-channel" for parameter in quantized)
+    return QuantizationInfo(
+        is_quantized=True,
+        quantization_mode="ptq",
+        quantization_bits=4 if four else 8,
+        quantization_type="weight_only" if four else "dynamic",
+        algorithm="bitsandbytes",
+        embedding_bits=16,
+        quantized=quantized,
+        kept=tuple(kept),
     )
 
 

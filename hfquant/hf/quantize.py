@@ -12,6 +12,12 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import _assign_is_quantized
 
 from hfquant.errors import CalibrationError, ConfigError
+from hfquant.hf.bitsandbytes import (
+    BACKEND,
+    dequantize_bitsandbytes_,
+    is_bitsandbytes,
+    quantize_with_bitsandbytes_,
+)
 from hfquant.hf.config import QUANT_METHOD, HfQuantConfig
 from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.hf.roles import tie_companions
@@ -58,6 +64,11 @@ def quantize_model_ptq(
     fields = {} if config is None else {k: v for k, v in vars(config).items() if k not in ("quant_method", "requested")}
     config = HfQuantConfig(**copy.deepcopy(fields) | overrides)
     _check_is_float(model)
+    if config.backend == BACKEND:
+        if calibration_data is not None:
+            raise ConfigError("calibration_data: backend='bitsandbytes' does not calibrate; use backend='hfquant'")
+        quantize_with_bitsandbytes_(model, config)
+        return model
     quantizer = HfQuantQuantizer(config, pre_quantized=False)
     quantizer.select(model)
     selection, algorithm = quantizer.selection, config.resolved_algorithm
@@ -131,6 +142,8 @@ def dequantize_model(model: Model, dtype: torch.dtype = torch.float32) -> Model:
     Raises:
         ConfigError: If the model is not quantized by hfquant.
     """
+    if is_bitsandbytes(model):
+        return dequantize_bitsandbytes_(model, dtype)  # type: ignore[no-any-return]
     if next(packed_modules(model), None) is None:
         raise ConfigError("the model is not quantized by hfquant: there is nothing to dequantize")
     if isinstance(model, PreTrainedModel):

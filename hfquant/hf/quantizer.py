@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from hfquant.errors import ConfigError, HfQuantError
 from hfquant.formats.native import SAVE_ID_KEY, content_metadata
+from hfquant.hf.bitsandbytes import BACKEND, bitsandbytes_quantizer
 from hfquant.hf.checkpoint import check_checkpoint, read_modules
 from hfquant.hf.config import QUANT_METHOD, HfQuantConfig
 from hfquant.hf.roles import model_roles, tie_companions, untie_companions
@@ -58,6 +59,12 @@ class HfQuantQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: HfQuantConfig
     pre_quantized: bool
+
+    def __new__(cls, quantization_config: HfQuantConfig, **kwargs: Any) -> Any:
+        """Another backend brings its own quantizer."""
+        if quantization_config.backend == BACKEND and not quantization_config.modules:
+            return bitsandbytes_quantizer(quantization_config, **kwargs)
+        return super().__new__(cls)
 
     def __init__(self, quantization_config: HfQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)

@@ -47,9 +47,8 @@ def validate_card(text: str) -> list[str]:
     """What the Hub refuses in the head of a card."""
     match = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
     fields = yaml.safe_load(match[1]) if match else {}
-    errors = [
-        f"{key} must be a string" for key in ("license", "library_name") if not isinstance(fields.get(key, ""), str)
-    ]
+    strings = ("license", "library_name")
+    errors = [f"{key} must be a string" for key in strings if not isinstance(fields.get(key, ""), str)]
     if fields.get("base_model_relation", "quantized") not in RELATIONS:
         errors.append("base_model_relation")
     if not all(isinstance(tag, str) for tag in fields.get("tags", [])):
@@ -114,7 +113,7 @@ def create(handler: Handler, hub: Hub, data: bytes) -> None:
     if name in hub.repositories:
         return handler.answer(409, {"error": "exists", **answer})
     hub.commit(name, {".gitattributes": b""})
-    hub.private[name] = fields.get("private", False)
+    hub.private[name] = bool(fields.get("private")) or fields.get("visibility") == "private"
     return handler.answer(200, answer)
 
 
