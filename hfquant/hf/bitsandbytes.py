@@ -171,15 +171,17 @@ def dequantize_bitsandbytes_(model: Any, dtype: torch.dtype) -> Any:
 
 def bitsandbytes_parameters(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Facts of each quantized weight: name, scheme, shape, bytes and scales, as ``QuantizedParameter`` names them."""
+    from bitsandbytes.functional import dequantize_blockwise
+
     for name, layer in bitsandbytes_layers(model):
         shape, weight = (layer.out_features, layer.in_features), layer.weight
         state = getattr(weight, "quant_state", None)
         if state is not None:
             nested = bool(getattr(state, "nested", False))
-            scale = state.absmax.float().abs()
+            scale = dequantize_blockwise(state.absmax, state.state2) + state.offset if nested else state.absmax
+            scale = scale.float().abs()
             scheme = f"{state.quant_type}-g{state.blocksize}{'-double' if nested else ''}"
             extra = state.absmax.nbytes + (state.state2.absmax.nbytes if nested else 0)
-            scale = scale * float("nan") if nested else scale  # these are codes of a second quantization
         else:
             found = weight.SCB if getattr(weight, "SCB", None) is not None else layer.state.SCB
             scale, scheme, extra = found.float() / 127, "llm.int8-channel", found.nbytes
