@@ -64,8 +64,7 @@ def quantize(
     with staged_folder(output) as folder:
         quantized.save_pretrained(folder, max_shard_size=max_shard_size)
         copy_companion_files(model, folder)
-    summary = _summary(quantized, output, time.perf_counter() - started)
-    print_result(summary, as_json=json, title=f"{model} -> {output}")
+    print_result(_summary(quantized, output, time.perf_counter() - started), as_json=json, title=f"{model} -> {output}")
 
 
 def _load_quantized(

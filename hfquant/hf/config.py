@@ -96,8 +96,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.embedding_bits = embedding_bits
         self.skip_modules = skip_modules
         self.overrides = overrides
-        self.backend = backend
-        self.bnb_4bit_quant_type = bnb_4bit_quant_type
+        self.backend, self.bnb_4bit_quant_type = backend, bnb_4bit_quant_type
         self.bnb_4bit_use_double_quant = bnb_4bit_use_double_quant
         self.strict = strict
         self.dequantize = dequantize
@@ -106,10 +105,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.hfquant_version: Any = record.pop("hfquant_version", None)
         self.save_id: Any = record.pop("save_id", None)
         self.requested: dict[str, Any] = {}
-        if record.pop("quant_method", QUANT_METHOD) != QUANT_METHOD:
-            raise ConfigError(f"quant_method: expected {QUANT_METHOD!r}")
-        for name in record:
-            raise ConfigError(f"{name} is not a field of HfQuantConfig{nearest(name, USER_FIELDS + RECORD_FIELDS)}")
+        _refuse_unknown(record)
         self.check()
 
     def check(self) -> None:
@@ -189,6 +185,13 @@ class HfQuantConfig(QuantizationConfigMixin):
                     f"{name}={value!r} was asked for, but the checkpoint is quantized already with "
                     f"{name}={getattr(self, name)!r}; load it as it is, or dequantize it first"
                 )
+
+
+def _refuse_unknown(record: dict[str, Any]) -> None:
+    if record.pop("quant_method", QUANT_METHOD) != QUANT_METHOD:
+        raise ConfigError(f"quant_method: expected {QUANT_METHOD!r}")
+    for name in record:
+        raise ConfigError(f"{name} is not a field of HfQuantConfig{nearest(name, USER_FIELDS + RECORD_FIELDS)}")
 
 
 def _read_override(pattern: str, fields: Any) -> ModuleOverride:

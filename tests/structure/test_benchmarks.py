@@ -2,17 +2,37 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+def load(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_engine_benchmarks_measure_what_they_say() -> None:
+    """The engines have environments of their own; what runs here is what the figures are made of."""
+    serve = load("serve_vllm")
+    logits = torch.randn(1, 3, 300)
+    answers = [[dict(enumerate(row.log_softmax(-1).tolist()[:100])) for row in logits[0]]]
+    assert abs(serve.mean_kl(logits.log_softmax(-1), answers)) < 1e-6
+    assert serve.mean_kl(torch.randn(1, 3, 300).log_softmax(-1), answers) > 0.1
+    texts = load("run_llama_cpp").strings(1000)
+    assert len(texts) == 1000
+    assert len(set(texts)) > 950
+    assert load("run_gptqmodel").CASES
+
+
 def test_quality_at_smoke_size(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("quality", BENCHMARKS / "quality.py")
-    quality = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(quality)
+    quality = load("quality")
     rows = {row["scheme"]: row for row in quality.main(["--smoke"])["language"]}
     assert rows["INT4 g64 search, embeddings 4"]["smaller"] > rows["INT8 weight-only, embeddings 8"]["smaller"] > 2
     assert rows["INT8 weight-only, embeddings 16"]["mean_kl"] < rows["INT4 g64 absmax, embeddings 8"]["mean_kl"]
