@@ -83,7 +83,7 @@ class CompressedTensorsTarget:
 
     @property
     def bytes_for_int4(self) -> bool:
-        """VLLM's CPU build silently ignores the activations of packed INT4 layers."""
+        """Whether INT4 layers take a byte a code: on CPUs vLLM silently ignores the activations of packed ones."""
         return self.engine == "vllm"
 
     def dense_reason(self, weight: StoredWeight) -> str | None:
