@@ -37,7 +37,14 @@ class LinearLayer:
     in_features: int
 
 
-def check_engine(engine: str, file_format: str, layers: Mapping[str, LinearLayer], *, tensor_parallel: int = 1) -> None:
+def check_engine(
+    engine: str,
+    file_format: str,
+    layers: Mapping[str, LinearLayer],
+    *,
+    tensor_parallel: int = 1,
+    attention_heads: int | None = None,
+) -> None:
     """Refuse what ``engine`` cannot run.
 
     Args:
@@ -45,6 +52,7 @@ def check_engine(engine: str, file_format: str, layers: Mapping[str, LinearLayer
         file_format: What is about to be written.
         layers: Name in the checkpoint -> layer, for all linear layers but the output head.
         tensor_parallel: Devices that share each layer.
+        attention_heads: Of the model, which the devices share too.
 
     Raises:
         ConfigError: For an unknown engine, or a format it does not read.
@@ -56,6 +64,8 @@ def check_engine(engine: str, file_format: str, layers: Mapping[str, LinearLayer
     if file_format not in formats:
         raise ConfigError(f"{engine} does not read {file_format}; export to {' or '.join(formats)}")
     problems: list[str] = []
+    if attention_heads is not None and attention_heads % tensor_parallel:
+        problems.append(f"{attention_heads} attention heads do not split over {tensor_parallel} devices")
     for name, layer in layers.items():
         if layer.scheme is not None:
             found = _scheme_problem(engine, file_format, layer.scheme)

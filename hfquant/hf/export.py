@@ -31,6 +31,7 @@ from hfquant.hf.verify import EXPORT_RECORD
 from hfquant.nn.packed_module import FloatWeight, PackedModule
 from hfquant.nn.quant_experts import QuantExperts
 from hfquant.nn.quant_linear import QuantLinear
+from hfquant.numerics.metrics import sqnr_db
 from hfquant.numerics.packing import PackedWeight
 from hfquant.schemes import LayerScheme
 
@@ -196,7 +197,8 @@ def export_model(
     with source.files, staged_folder(Path(output)) as folder:
         layers = linear_layers(source.model)
         if engine is not None:
-            check_engine(engine, format, layers, tensor_parallel=tensor_parallel)
+            heads = getattr(source.model.config, "num_attention_heads", None)
+            check_engine(engine, format, layers, tensor_parallel=tensor_parallel, attention_heads=heads)
         report = ExportReport(format, str(output))
         wanted = DTYPES[dtype] if dtype else None
         if format == "gguf":
@@ -279,6 +281,7 @@ class _Job:
         if reason is not None:
             self.report.dense[weight.name] = reason
             values = weight.values(self.dtype or self.source.model.dtype)
+            self._note_rounding(weight, values)
             # In compressed-tensors checkpoints Transformers takes single experts for packed ones.
             fused = weight.kind == "experts" and getattr(self.target, "engine", None) == "transformers"
             dense = {weight.name: values} if fused else self.original(weight.name, values)
@@ -288,6 +291,16 @@ class _Job:
         for part in parts:
             self.schemes[part.module] = part.scheme
             yield from ((f"{part.module}.{name}", tensor) for name, tensor in self.target.tensors(part).items())
+
+    def _note_rounding(self, weight: StoredWeight, values: Tensor) -> None:
+        """Say what a narrower dtype than that of the model costs."""
+        if self.dtype is None or self.dtype.itemsize >= self.source.model.dtype.itemsize:
+            return
+        self.report.notes.append(
+            f"{weight.name} was rounded to {str(self.dtype).removeprefix('torch.')} (signal to noise "
+            f"{sqnr_db(weight.values(torch.float32), values):.1f} dB); hfquant evaluate EXPORT --reference ORIGINAL "
+            "measures the KL"
+        )
 
     def _parts(self, weight: StoredWeight) -> Iterator[StoredWeight]:
         """The single layers, as the checkpoint of the float model names them: experts are stored one by one.
