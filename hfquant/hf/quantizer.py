@@ -60,10 +60,11 @@ class HfQuantQuantizer(HfQuantizer):
     quantization_config: HfQuantConfig
     pre_quantized: bool
 
-    def __new__(cls, quantization_config: HfQuantConfig, **kwargs: Any) -> Any:
-        """Another backend brings its own quantizer."""
-        if quantization_config.backend == BACKEND and not quantization_config.modules:
-            return bitsandbytes_quantizer(quantization_config, **kwargs)
+    def __new__(cls, quantization_config: HfQuantConfig | None = None, **kwargs: Any) -> Any:
+        """Another backend brings its own quantizer; copies are made without a config."""
+        config = quantization_config
+        if config is not None and config.backend == BACKEND and not config.modules:
+            return bitsandbytes_quantizer(config, **kwargs)
         return super().__new__(cls)
 
     def __init__(self, quantization_config: HfQuantConfig, **kwargs: Any) -> None:
