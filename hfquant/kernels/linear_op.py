@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hfquant.errors import KernelError
+from hfquant.kernels import native
 from hfquant.kernels.dequantize import dequantize_weight
 from hfquant.kernels.dispatch import define_op, register_autograd
 from hfquant.numerics.packing import packed_length
@@ -35,8 +36,12 @@ _ARGUMENTS = (
 )
 
 
-def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> None:
-    """Define ``hfquant::<name>`` with the arguments above and its gradient."""
+def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> Callable[..., Tensor]:
+    """Define ``hfquant::<name>`` with the arguments above and its gradient; returns the function that calls it.
+
+    The function takes a short cut to the native op where it applies and no gradient is wanted: torch runs gradients
+    that are written in Python through Python, which costs more than a small layer.
+    """
 
     def checked(
         x: Tensor,
@@ -48,6 +53,8 @@ def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> 
         dynamic: bool,
     ) -> Tensor:
         _check_activations(x, weight, name, bits)
+        if x.device.type == "cpu":
+            native.warn_if_missing()
         bias = None if bias is None else bias.to(x.dtype)
         # Autocast would round the exact integer products to bfloat16 and return another dtype than promised.
         with torch.autocast(x.device.type, enabled=False):
@@ -70,8 +77,48 @@ def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> 
             grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
         return grad_x, None, None, None, None, grad_bias, None
 
-    define_op(name + _ARGUMENTS, reference=checked, fake=fake)
+    define_op(
+        name + _ARGUMENTS,
+        reference=checked,
+        fake=fake,
+        native_op=f"{name}_cpu",
+        supports=lambda x, weight, scale, *_: _is_native(x, weight, scale, bits),
+    )
     register_autograd(name, backward, setup_context)
+    op: Any = getattr(torch.ops.hfquant, name).default
+    native_op: Any = getattr(torch.ops.hfquant, f"{name}_cpu").default
+
+    def call(
+        x: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        weight_zero_point: Tensor | None = None,
+        *,
+        input_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        dynamic: bool = False,
+    ) -> Tensor:
+        wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        short = not wants_gradient and native.is_active() and _is_native(x, weight, weight_scale, bits)
+        chosen = native_op if short and not torch.compiler.is_exporting() else op
+        out: Tensor = chosen(x, weight, weight_scale, weight_zero_point, input_scale, bias, dynamic)
+        return out
+
+    return call
+
+
+def _is_native(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int) -> bool:
+    """Whether the native kernels take these tensors; groups must fill whole lanes of a vector, 4 bytes of codes."""
+    inputs, groups = x.shape[-1], weight_scale.shape[-1]
+    return (
+        x.dtype in native.FLOATS
+        and x.device.type == "cpu"
+        and 0 < inputs <= native.MAX_IN_FEATURES
+        and packed_length(inputs, bits) == weight.shape[-1]
+        and (groups == 1 or inputs % (groups * 32 // bits) == 0)
+        and weight.is_contiguous()
+        and weight_scale.is_contiguous()
+    )
 
 
 def _check_activations(x: Tensor, weight: Tensor, name: str, bits: int) -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hfquant.kernels import native
 from hfquant.kernels.dequantize.reference import dequantize_reference
 from hfquant.kernels.dispatch import define_op
 
@@ -18,6 +19,13 @@ define_op(
     "ScalarType dtype) -> Tensor",
     reference=dequantize_reference,
     fake=_fake,
+    native_op="dequantize_cpu",
+    supports=lambda weight, scale, zero, bits, inputs, dtype: (
+        dtype in native.FLOATS
+        and weight.device.type == "cpu"
+        and weight.numel() > 0
+        and all(tensor is None or tensor.is_contiguous() for tensor in (weight, scale, zero))
+    ),
 )
 
 

@@ -1,0 +1,66 @@
+"""Builds the native CPU kernels; everything else is in pyproject.toml.
+
+They need a C++17 compiler and nothing else: neither torch nor Python headers (see hfquant/kernels/cpu/torch_abi.h).
+Without a compiler the package installs all the same and computes in plain torch. HFQUANT_BUILD=none leaves them out,
+HFQUANT_BUILD=asan builds them with AddressSanitizer and UBSan.
+"""
+
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+SOURCES = sorted(str(path) for path in Path("hfquant/kernels/cpu").glob("*.cpp"))
+HEADERS = sorted(str(path) for path in Path("hfquant/kernels/cpu").glob("*.h"))
+KIND = os.environ.get("HFQUANT_BUILD", "release")
+# Contracting a product and a sum would round once where the reference rounds twice.
+FLAGS = ["-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+
+
+class BuildKernels(build_ext):
+    """Compiles the sources side by side and gives up quietly: the package works without."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compile_all = self.compiler.compile
+
+        def compile_each(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+                return [objects[0] for objects in pool.map(lambda source: compile_all([source], **options), sources)]
+
+        self.compiler.compile = compile_each
+        super().build_extension(ext)
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []  # not a Python module: loaded with ctypes
+
+
+def extensions() -> list[Extension]:
+    """The one extension, where it can be built at all."""
+    if KIND == "none" or platform.system() not in ("Linux", "Darwin"):
+        return []
+    return [
+        Extension(
+            "hfquant.kernels._cpu",
+            SOURCES,
+            depends=HEADERS,
+            extra_compile_args=[*FLAGS, *(["-O1", "-g", *SANITIZE] if KIND == "asan" else ["-O3", "-g0"])],
+            extra_link_args=SANITIZE if KIND == "asan" else ["-Wl,-s"] if platform.system() == "Linux" else [],
+            libraries=["dl"] if platform.system() == "Linux" else [],
+            language="c++",
+            py_limited_api=True,
+            optional=True,
+        )
+    ]
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
