@@ -27,6 +27,7 @@ class BuildKernels(build_ext):
     """Compiles the sources side by side and gives up quietly: the package works without."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Compile each source in a thread of its own."""
         compile_all = self.compiler.compile
 
         def compile_each(sources: list[str], **options: Any) -> list[str]:
@@ -37,7 +38,8 @@ class BuildKernels(build_ext):
         super().build_extension(ext)
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
-        return []  # not a Python module: loaded with ctypes
+        """No symbols: it is not a Python module, ctypes loads it."""
+        return []
 
 
 def extensions() -> list[Extension]:

@@ -8,6 +8,7 @@ from hfquant.cli.dequantize import dequantize
 from hfquant.cli.evaluate import evaluate
 from hfquant.cli.generate import generate
 from hfquant.cli.info import info
+from hfquant.cli.kernels import kernels
 from hfquant.cli.output import reporting_errors
 from hfquant.cli.quantize import quantize
 
@@ -18,6 +19,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "generate": generate,
     "dequantize": dequantize,
+    "kernels": kernels,
 }
 
 app = typer.Typer(

@@ -1,7 +1,7 @@
 """Defines the ops of the ``hfquant`` library and says which implementation of each runs, and why.
 
-Every op has a reference in plain torch, which runs everywhere. On a CPU the native kernels (``native.py``) run what they
-support; other devices register theirs with ``torch.library`` on the same op.
+Every op has a reference in plain torch, which runs everywhere. On a CPU the native kernels (``native.py``) run what
+they support; other devices register theirs with ``torch.library`` on the same op.
 """
 
 from collections.abc import Callable

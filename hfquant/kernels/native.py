@@ -48,8 +48,10 @@ def instruction_sets() -> dict[str, bool]:
     """Instruction sets of the built library, the best first, and whether this machine has them."""
     if _library is None:
         return {}
-    names = iter(lambda index=iter(range(99)): _library.hfquant_isa(next(index)), None)
-    return {name.decode(): bool(_library.hfquant_has(name)) for name in names}
+    names = []
+    while (isa := _library.hfquant_isa(len(names))) is not None:
+        names.append(isa)
+    return {isa.decode(): bool(_library.hfquant_has(isa)) for isa in names}
 
 
 def select(choice: str) -> None:
@@ -135,8 +137,8 @@ def warn_if_missing() -> None:
     if _library is None and not _warned and os.environ.get("HFQUANT_KERNELS", "auto") != "reference":
         _warned = True
         warnings.warn(
-            f"hfquant: the native CPU kernels are {_reason}. Quantized layers run in plain torch, several times slower; "
-            "install a C++17 compiler and reinstall hfquant (HFQUANT_KERNELS=reference silences this)",
+            f"hfquant: the native CPU kernels are {_reason}. Quantized layers run in plain torch, several times "
+            "slower; install a C++17 compiler and reinstall hfquant (HFQUANT_KERNELS=reference silences this)",
             RuntimeWarning,
             stacklevel=2,
         )

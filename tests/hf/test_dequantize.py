@@ -39,6 +39,7 @@ def test_no_trace_is_left(name: str) -> None:
     torch.testing.assert_close(output(model, name), quantized, **SAME_VALUES)
 
 
+@pytest.mark.usefixtures("reference_kernels")
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "bert", "vit", "opt", "gemma3"])
 def test_the_forward_is_that_of_the_quantized_weights(name: str) -> None:
     model = quantize_model_ptq(build(name), quantization_bits=4, progress=False)

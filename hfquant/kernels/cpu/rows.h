@@ -64,28 +64,35 @@ INLINE void store_row(const Output& out, int64_t m, int64_t n0, int count, float
 
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2**23: adding and subtracting it rounds to the nearest even integer
 
-INLINE float clamped(float t) { return t < -129.0f ? -129.0f : t > 128.0f ? 128.0f : t; }
+INLINE float nearest_code(float steps) {
+  const float high = steps < 127.0f ? steps : 127.0f, low = high > -128.0f ? high : -128.0f;
+  return (low + ROUND) - ROUND;
+}
 
-INLINE int8_t code(float rounded) { return int8_t(rounded > 127 ? 127 : rounded < -128 ? -128 : int(rounded)); }
+// Codes of `count` <= 64 values by the reciprocal; returns the bits of the largest distance from a code.
+INLINE uint32_t round_part(const float* x, int count, float inverse, int8_t* codes) {
+  uint32_t distance = 0;
+  for (int i = 0; i < count; i++) {
+    const float steps = x[i] * inverse, nearest = nearest_code(steps);
+    const uint32_t off = bits_of(steps - nearest) & 0x7FFFFFFF;
+    distance = off > distance ? off : distance;
+    codes[i] = int8_t(int32_t(nearest));
+  }
+  return distance;
+}
 
 // Codes `round(x / scale)`. Multiplying by the reciprocal is off by less than 1e-4, so only near a tie can it round
-// another way: such blocks are divided. (Division alone would cost as much as a small layer.)
+// another way: such parts are divided, and so are those that saturate. (Division alone would cost as much as a layer.)
 void round_row(const float* x, int64_t count, float scale, int8_t* codes) {
-  const float inverse = 1.0f / scale;
+  const float inverse = 1.0f / scale, near_tie = 0.4999f;
   const bool divide = !(scale >= 0x1p-120f && scale <= 0x1p120f);
   for (int64_t start = 0; start < count; start += 64) {
     const int n = count - start < 64 ? int(count - start) : 64;
     const float* part = x + start;
-    float nearest[64], distance = 0;
-    for (int i = 0; i < n; i++) {
-      const float t = clamped(part[i] * inverse), r = (t + ROUND) - ROUND;
-      const float off = t > r ? t - r : r - t;
-      nearest[i] = r;
-      distance = off > distance ? off : distance;
-    }
-    if (divide || distance > 0.499f)
-      for (int i = 0; i < n; i++) nearest[i] = (clamped(part[i] / scale) + ROUND) - ROUND;
-    for (int i = 0; i < n; i++) codes[start + i] = code(nearest[i]);
+    const uint32_t distance =
+        n == 64 ? round_part(part, 64, inverse, codes + start) : round_part(part, n, inverse, codes + start);
+    if (divide || distance > bits_of(near_tie))
+      for (int i = 0; i < n; i++) codes[start + i] = int8_t(int32_t(nearest_code(part[i] / scale)));
   }
 }
 
