@@ -19,7 +19,9 @@ SOURCES = sorted(str(path) for path in Path("hfquant/kernels/cpu").glob("*.cpp")
 HEADERS = sorted(str(path) for path in Path("hfquant/kernels/cpu").glob("*.h"))
 KIND = os.environ.get("HFQUANT_BUILD", "release")
 # Contracting a product and a sum would round once where the reference rounds twice.
-FLAGS = ["-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi"]
+# The warnings are about GCC's own headers, which leave undefined vectors undefined.
+FLAGS = ["-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi", "-Wno-uninitialized"]
+FLAGS += ["-Wno-maybe-uninitialized"] if platform.system() == "Linux" else []
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 

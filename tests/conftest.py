@@ -9,7 +9,6 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
 import socket
-
 from collections.abc import Iterator
 
 import pytest
