@@ -37,11 +37,7 @@ _ARGUMENTS = (
 
 
 def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> Callable[..., Tensor]:
-    """Define ``hfquant::<name>`` with the arguments above and its gradient; returns the function that calls it.
-
-    The function takes a short cut to the native op where it applies and no gradient is wanted: torch runs gradients
-    that are written in Python through Python, which costs more than a small layer.
-    """
+    """Define ``hfquant::<name>`` with the arguments above and its gradient; returns the function that calls it."""
 
     def checked(
         x: Tensor,
@@ -82,9 +78,17 @@ def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> 
         reference=checked,
         fake=fake,
         native_op=f"{name}_cpu",
-        supports=lambda x, weight, scale, *_: _is_native(x, weight, scale, bits),
+        supports=lambda x, weight, scale, zero, _, bias, dynamic: _is_native(x, weight, scale, zero, bias, bits),
     )
     register_autograd(name, backward, setup_context)
+    return _with_short_cut(name, bits)
+
+
+def _with_short_cut(name: str, bits: int) -> Callable[..., Tensor]:
+    """The function that callers use: the native op itself where it applies and no gradient is wanted.
+
+    Gradients that are written in Python make torch run every call through Python, which costs more than a small layer.
+    """
     op: Any = getattr(torch.ops.hfquant, name).default
     native_op: Any = getattr(torch.ops.hfquant, f"{name}_cpu").default
 
@@ -98,16 +102,19 @@ def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> 
         bias: Tensor | None = None,
         dynamic: bool = False,
     ) -> Tensor:
-        wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        short = not wants_gradient and native.is_active() and _is_native(x, weight, weight_scale, bits)
-        chosen = native_op if short and not torch.compiler.is_exporting() else op
+        trains = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        fits = native.is_active() and _is_native(x, weight, weight_scale, weight_zero_point, bias, bits)
+        # An exported program has to run on machines without the native library, and with gradients.
+        chosen = native_op if fits and not trains and not torch.compiler.is_exporting() else op
         out: Tensor = chosen(x, weight, weight_scale, weight_zero_point, input_scale, bias, dynamic)
         return out
 
     return call
 
 
-def _is_native(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int) -> bool:
+def _is_native(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, bits: int
+) -> bool:
     """Whether the native kernels take these tensors; groups must fill whole lanes of a vector, 4 bytes of codes."""
     inputs, groups = x.shape[-1], weight_scale.shape[-1]
     return (
@@ -118,6 +125,8 @@ def _is_native(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int) -> bo
         and (groups == 1 or inputs % (groups * 32 // bits) == 0)
         and weight.is_contiguous()
         and weight_scale.is_contiguous()
+        and (zero_point is None or zero_point.is_contiguous())
+        and (bias is None or bias.dtype in native.FLOATS)
     )
 
 

@@ -183,9 +183,10 @@ void many_rows(const LinearCall& call, const Output& out) {
   parallel_for(blocks * parts, 1, [&](int64_t begin, int64_t end) {
     auto panel = buffer<uint8_t>(panel_bytes(w));
     for (int64_t i = begin; i < end; i++) {
+      const int64_t first = i % parts * step, last = std::min(first + step, tiles);
+      if (first >= last) continue;
       kernels->pack_panel(w, i / parts, panel.get());
-      const int64_t first = i % parts * step;
-      kernels->tiles(w, a, out, i / parts, first, std::min(first + step, tiles), panel.get());
+      kernels->tiles(w, a, out, i / parts, first, last, panel.get());
     }
   });
 }
