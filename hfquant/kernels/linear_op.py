@@ -59,6 +59,18 @@ def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> 
     def fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
+    define_op(
+        name + _ARGUMENTS,
+        reference=checked,
+        fake=fake,
+        native_op=f"{name}_cpu",
+        supports=lambda x, weight, scale, zero, _, bias, dynamic: _is_native(x, weight, scale, zero, bias, bits),
+    )
+    _register_gradient(name, bits)
+    return _with_short_cut(name, bits)
+
+
+def _register_gradient(name: str, bits: int) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, weight_scale, zero_point, _, bias, _ = inputs
         ctx.save_for_backward(weight, weight_scale, zero_point)
@@ -73,15 +85,7 @@ def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> 
             grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
         return grad_x, None, None, None, None, grad_bias, None
 
-    define_op(
-        name + _ARGUMENTS,
-        reference=checked,
-        fake=fake,
-        native_op=f"{name}_cpu",
-        supports=lambda x, weight, scale, zero, _, bias, dynamic: _is_native(x, weight, scale, zero, bias, bits),
-    )
     register_autograd(name, backward, setup_context)
-    return _with_short_cut(name, bits)
 
 
 def _with_short_cut(name: str, bits: int) -> Callable[..., Tensor]:
