@@ -48,7 +48,7 @@ def instruction_sets() -> dict[str, bool]:
     """Instruction sets of the built library, the best first, and whether this machine has them."""
     if _library is None:
         return {}
-    names = []
+    names: list[bytes] = []
     while (isa := _library.hfquant_isa(len(names))) is not None:
         names.append(isa)
     return {isa.decode(): bool(_library.hfquant_has(isa)) for isa in names}
