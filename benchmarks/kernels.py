@@ -138,19 +138,20 @@ def float_rows(k: int, n: int, m: int, options: argparse.Namespace) -> dict[str,
         weights = [torch.randn(n, k).to(dtype) for _ in range(copies(k * n * dtype.itemsize, m, options.cache))]
         calls = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights]
         found[name] = seconds(calls, options.budget)[0]
-    codes, scale = torch.randint(-127, 128, (n, k), dtype=torch.int8), torch.rand(n)
+    scale, x, y = torch.rand(n), torch.randn(m, k), torch.randn(m, k).bfloat16()
 
-    def int_mm() -> Tensor:
+    def int_mm(turned: Tensor) -> Tensor:
         step = x.abs().amax(-1, keepdim=True) / 127
         return torch._int_mm((x / step).round().to(torch.int8), turned) * step * scale
 
-    x, turned = torch.randn(m, k), codes.t()
-    found["torch int8"] = seconds([int_mm], options.budget)[0]
+    codes = [torch.randint(-127, 128, (n, k), dtype=torch.int8).t() for _ in range(copies(k * n, m, options.cache))]
+    found["torch int8"] = seconds([lambda c=c: int_mm(c) for c in codes], options.budget)[0]
     if k % 32 == 0 and n % 16 == 0:
         words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (n, k), dtype=torch.int32), 1)
-        scales, y = torch.rand(k // 32, n, 2).bfloat16(), torch.randn(m, k).bfloat16()
-        call = lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(y, words, 32, scales)  # noqa: E731
-        found["torch int4"] = seconds([call], options.budget)[0]
+        scales = torch.rand(k // 32, n, 2).bfloat16()
+        packed4 = [words.clone() for _ in range(copies(words.nbytes, m, options.cache))]
+        calls = [lambda w=w: torch.ops.aten._weight_int4pack_mm_for_cpu(y, w, 32, scales) for w in packed4]
+        found["torch int4"] = seconds(calls, options.budget)[0]
     return found | bitsandbytes_rows(k, n, m, options)
 
 
