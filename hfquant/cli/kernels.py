@@ -1,6 +1,8 @@
-"""``hfquant kernels``: which implementation of each op runs here, and why."""
+"""``hfquant kernels``: which implementation each op uses on this machine, and why."""
 
-import platform
+import importlib
+import pkgutil
+from dataclasses import asdict
 from typing import Annotated
 
 import torch
@@ -8,24 +10,28 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import hfquant.kernels as folder
 from hfquant.cli.output import print_json
-from hfquant.kernels import int4_linear, int8_linear, native, quant_embedding  # noqa: F401  # define the ops
-from hfquant.kernels.dispatch import implementations
+from hfquant.kernels import native
+from hfquant.kernels.dispatch import choices
 
 
-def kernels(json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Show which implementation of each operation runs on this machine, and why."""
-    found = implementations()
-    sets = native.instruction_sets()
+def kernels(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show which implementation each op uses here, and why not a faster one."""
+    for module in pkgutil.iter_modules(folder.__path__):
+        if not module.name.startswith("_"):  # the native library is no Python module
+            importlib.import_module(f"{folder.__name__}.{module.name}")
+    found, sets = list(choices()), native.instruction_sets()
     if json:
-        ops = {op: [entry._asdict() for entry in entries] for op, entries in found.items()}
-        print_json({"torch": torch.__version__, "instruction_sets": sets, "ops": ops})
+        print_json({"torch": torch.__version__, "instruction_sets": sets, "ops": [asdict(choice) for choice in found]})
         return
-    table = Table("op", "device", "implementation", "runs", "why", title="hfquant kernels", title_justify="left")
-    for op, entries in found.items():
-        for entry in entries:
-            table.add_row(op, entry.device, entry.name, "yes" if entry.runs else "no", entry.reason)
-    console = Console()
-    console.print(table)
-    built = ", ".join(f"{name} ({'usable' if usable else 'not on this processor'})" for name, usable in sets.items())
-    console.print(f"{platform.machine()}, torch {torch.__version__}; instruction sets in the build: {built or 'none'}")
+    table = Table(title=f"torch {torch.__version__}", title_justify="left")
+    for heading in ("op", "device", "implementation", "why not a faster one"):
+        table.add_column(heading)
+    for choice in found:
+        table.add_row(choice.op, choice.device, choice.implementation, choice.reason)
+    Console().print(table)
+    built = ", ".join(f"{name}{'' if usable else ' (not on this processor)'}" for name, usable in sets.items())
+    Console().print(f"native: {native.name()} ({native.reason()}); in this build: {built or 'none'}")

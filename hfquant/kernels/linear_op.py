@@ -26,7 +26,7 @@ from torch import Tensor
 from hfquant.errors import KernelError
 from hfquant.kernels import native
 from hfquant.kernels.dequantize import dequantize_weight
-from hfquant.kernels.dispatch import define_op, register_autograd
+from hfquant.kernels.dispatch import define_op, register_autograd, register_native, register_triton, run
 from hfquant.numerics.packing import packed_length
 
 
@@ -54,18 +54,15 @@ def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> 
         bias = None if bias is None else bias.to(x.dtype)
         # Autocast would round the exact integer products to bfloat16 and return another dtype than promised.
         with torch.autocast(x.device.type, enabled=False):
-            return reference(x, weight, weight_scale, zero_point, input_scale, bias, dynamic)
+            out: Tensor = run(name, x, weight, weight_scale, zero_point, input_scale, bias, dynamic)
+            return out
 
     def fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
-    define_op(
-        name + _ARGUMENTS,
-        reference=checked,
-        fake=fake,
-        native_op=f"{name}_cpu",
-        supports=lambda x, weight, scale, zero, _, bias, dynamic: _is_native(x, weight, scale, zero, bias, bits),
-    )
+    define_op(name + _ARGUMENTS, reference=reference, fake=fake, entry=checked)
+    register_native(name, lambda x, w, scale, zero, _, bias, dynamic: _is_native(x, w, scale, zero, bias, bits))
+    register_triton(name, _refuses)
     _register_gradient(name, bits)
     return _with_short_cut(name, bits)
 
@@ -132,6 +129,12 @@ def _is_native(
         and (zero_point is None or zero_point.is_contiguous())
         and (bias is None or bias.dtype in native.FLOATS)
     )
+
+
+def _refuses(x: Tensor, *_: Any) -> str | None:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"activations are {x.dtype}"
+    return None if x.numel() else "there are no activations"
 
 
 def _check_activations(x: Tensor, weight: Tensor, name: str, bits: int) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfquant.kernels.expert_linear import expert_linear
 from hfquant.nn.packed_module import FloatWeight, PackedModule
 from hfquant.nn.quant_linear import LINEAR_OPS
 
@@ -50,6 +51,8 @@ class QuantExperts(PackedModule):
         Returns:
             ``[M, K]`` in the dtype of ``hidden_states``.
         """
+        if self.input_observer is None:
+            return self._sorted_by_expert(hidden_states, top_k_index, top_k_weights)
         out = torch.zeros_like(hidden_states)
         experts: int = self.num_experts  # type: ignore[assignment]
         chosen = torch.nn.functional.one_hot(top_k_index, experts + 1).permute(2, 1, 0)[:experts]
@@ -59,7 +62,16 @@ class QuantExperts(PackedModule):
             out.index_add_(0, token, state.to(out.dtype))
         return out
 
-    def _expert(self, expert: int, x: Tensor) -> Tensor:
+    def _sorted_by_expert(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        # One call for all experts, and nothing that waits for a GPU: this can be compiled and captured in a graph.
+        experts: int = self.num_experts  # type: ignore[assignment]
+        chosen, order = top_k_index.flatten().sort(stable=True)
+        ends = torch.searchsorted(chosen, torch.arange(experts, device=chosen.device), right=True).int()
+        token = order // top_k_index.shape[-1]
+        state = self._expert(ends, hidden_states[token]) * top_k_weights.flatten()[order, None]
+        return torch.zeros_like(hidden_states).index_add_(0, token, state.to(hidden_states.dtype))
+
+    def _expert(self, expert: int | Tensor, x: Tensor) -> Tensor:
         own: Any = self
         if own.has_gate:
             float_class: Any = self.float_class
@@ -69,8 +81,11 @@ class QuantExperts(PackedModule):
         x = self._linear("down_proj", expert, x)
         return own.post_expert_norm(x) if getattr(own, "has_post_expert_norm", False) else x
 
-    def _linear(self, name: str, expert: int, x: Tensor) -> Tensor:
+    def _linear(self, name: str, expert: int | Tensor, x: Tensor) -> Tensor:
         packed, bias = self.packed(name), self._parameters.get(f"{name}_bias")
+        if isinstance(expert, Tensor):  # the ends of the rows of every expert
+            arguments = self.activation_arguments(x, name)
+            return expert_linear(x, expert, *packed, bits=self.scheme.weight.bits, bias=bias, **arguments)
         return LINEAR_OPS[self.scheme.weight.bits](
             x,
             *(None if tensor is None else tensor[expert] for tensor in packed),

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hfquant.kernels import native
 from hfquant.kernels.dequantize.reference import dequantize_reference
-from hfquant.kernels.dispatch import define_op
+from hfquant.kernels.dispatch import define_op, register_native, register_triton
 
 
 def _fake(
@@ -19,14 +19,16 @@ define_op(
     "ScalarType dtype) -> Tensor",
     reference=dequantize_reference,
     fake=_fake,
-    native_op="dequantize_cpu",
-    supports=lambda weight, scale, zero, bits, inputs, dtype: (
+)
+register_native(
+    "dequantize",
+    lambda weight, scale, zero, bits, inputs, dtype: (
         dtype in native.FLOATS
-        and weight.device.type == "cpu"
         and weight.numel() > 0
         and all(tensor is None or tensor.is_contiguous() for tensor in (weight, scale, zero))
     ),
 )
+register_triton("dequantize")
 
 
 def dequantize_weight(

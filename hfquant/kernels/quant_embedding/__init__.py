@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hfquant.kernels import native
-from hfquant.kernels.dispatch import define_op
+from hfquant.kernels.dispatch import define_op, register_native, register_triton
 from hfquant.kernels.quant_embedding.reference import quant_embedding_reference
 
 
@@ -24,7 +24,7 @@ def _fake(
 
 def _is_native(ids: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, *rest: Any) -> bool:
     whole = all(tensor is None or tensor.is_contiguous() for tensor in (ids, weight, scale, zero))
-    known = ids.dtype == torch.int64 and rest[-1] in native.FLOATS and weight.device.type == "cpu"
+    known = ids.dtype == torch.int64 and rest[-1] in native.FLOATS
     # An id outside the table is left to the reference, which raises torch's own IndexError.
     return whole and known and (not ids.numel() or (int(ids.min()) >= 0 and int(ids.max()) < weight.shape[0]))
 
@@ -34,9 +34,9 @@ define_op(
     "int embedding_dim, ScalarType dtype) -> Tensor",
     reference=quant_embedding_reference,
     fake=_fake,
-    native_op="quant_embedding_cpu",
-    supports=_is_native,
 )
+register_native("quant_embedding", _is_native)
+register_triton("quant_embedding")
 
 
 def quant_embedding(
@@ -64,7 +64,7 @@ def quant_embedding(
         Embeddings ``[*ids.shape, K]``.
 
     Raises:
-        IndexError: If an id is not a row of the table.
+        IndexError: If an id is not a row of the table; on a GPU, where that cannot raise, its row is NaN.
     """
     out: Tensor = torch.ops.hfquant.quant_embedding(
         ids, weight, weight_scale, weight_zero_point, bits, embedding_dim, dtype

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hfquant.kernels import native
-from hfquant.kernels.dispatch import define_op
+from hfquant.kernels.dispatch import define_op, register_native, register_triton
 from hfquant.kernels.quantize_rows.reference import quantize_rows_reference
 
 
@@ -12,13 +12,9 @@ def _fake(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-define_op(
-    "quantize_rows(Tensor x, Tensor? scale) -> (Tensor, Tensor)",
-    reference=quantize_rows_reference,
-    fake=_fake,
-    native_op="quantize_rows_cpu",
-    supports=lambda x, scale: x.dtype in native.FLOATS and x.device.type == "cpu" and x.shape[-1] > 0,
-)
+define_op("quantize_rows(Tensor x, Tensor? scale) -> (Tensor, Tensor)", reference=quantize_rows_reference, fake=_fake)
+register_native("quantize_rows", lambda x, scale: x.dtype in native.FLOATS and x.shape[-1] > 0)
+register_triton("quantize_rows")
 
 
 def quantize_rows(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
