@@ -15,7 +15,7 @@ format: $(VENV)/installed  ## fix what the linters can fix
 test: $(VENV)/installed  ## unit, property, format and integration tests: CPU, no network
 	$(BIN)/python -m pytest -n 2
 test-slow: $(VENV)/models  ## the real models SmolLM2-135M and MiniLM, and peak memory of a 1B-shaped model
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 test-compat: $(COMPAT_VENV)/installed  ## the Transformers integration on the oldest supported release
 	$(COMPAT_VENV)/bin/python -m pytest -n 2 tests/hf tests/formats
 demo: $(VENV)/installed  ## SmolLM2-135M to INT4: quantize, save, reload, ask, measure

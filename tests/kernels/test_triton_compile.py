@@ -48,7 +48,7 @@ MATMULS: dict[str, tuple[int, int, int, int, str, str, float]] = {
 }
 MORE_MATMULS: dict[str, tuple[int, int, int, int, str, str, float]] = {
     "int4-channel-m1": (14336, 1, 0, 4, "bf16", "", 2.2),
-    "int4-g128-m1-1024": (1024, 1, 128, 4, "bf16", "", 3.0),
+    "int4-g128-m1-1024": (1024, 1, 128, 4, "bf16", "", 3.1),
     "int4-g64-m16": (14336, 16, 64, 4, "bf16", "", 3.0),
     "int4-g64-m64": (14336, 64, 64, 4, "fp16", "", 4.0),
     "int4-g32-m16": (14336, 16, 32, 4, "bf16", "", 3.6),
