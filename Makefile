@@ -22,14 +22,22 @@ demo: $(VENV)/installed  ## SmolLM2-135M to INT4: quantize, save, reload, ask, m
 	$(BIN)/python examples/demo.py
 demo-encoder: $(VENV)/installed  ## MiniLM to INT8: similarity of sentence pairs
 	$(BIN)/python examples/demo_encoder.py
-bench: $(VENV)/installed  ## quality tables on the real models
+test-asan: $(VENV)/installed  ## native kernels under AddressSanitizer and UBSan
+	HFQUANT_BUILD=asan $(BIN)/python setup.py -q build_ext --inplace --force
+	LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q \
+	  -p no:xdist -k 'not compile and not forked and not environment' tests/kernels; status=$$?; \
+	$(BIN)/python setup.py -q build_ext --inplace --force; exit $$status
+bench: $(VENV)/installed  ## quality tables on the real models, and speed of the kernels
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/kernels.py
 golden: $(VENV)/installed  ## rewrite tests/golden (review the diff, add a CHANGELOG line)
 	$(BIN)/python -m tests.golden.make
 clean:           ## remove environments and build products
 	rm -rf $(VENV) $(COMPAT_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(VENV)/installed: pyproject.toml constraints.txt
+KERNELS := $(wildcard hfquant/kernels/cpu/*)
+
+$(VENV)/installed: pyproject.toml constraints.txt setup.py $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev,demo]'
 	touch $@
@@ -45,4 +53,4 @@ $(COMPAT_VENV)/installed: pyproject.toml constraints.txt
 	$(COMPAT_VENV)/bin/python $(PIP) -c $(COMPAT_VENV)/constraints.txt -e '.[dev,demo]'
 	touch $@
 
-.PHONY: help install check format test test-slow test-compat demo demo-encoder bench golden clean
+.PHONY: help install check format test test-asan test-slow test-compat demo demo-encoder bench golden clean

@@ -9,10 +9,13 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
 import socket
+from collections.abc import Iterator
 
 import pytest
 import torch
 import transformers
+
+from hfquant.kernels import native
 
 
 transformers.utils.logging.disable_progress_bar()
@@ -22,6 +25,13 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def reference_kernels() -> Iterator[None]:
+    """Plain torch, whose weight-only layers add up in the order of a float layer, bit for bit."""
+    with native.selected("reference"):
+        yield
 
 
 @pytest.fixture(autouse=True)

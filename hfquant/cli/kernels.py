@@ -12,6 +12,7 @@ from rich.table import Table
 
 import hfquant.kernels as folder
 from hfquant.cli.output import print_json
+from hfquant.kernels import native
 from hfquant.kernels.dispatch import choices
 
 
@@ -20,10 +21,11 @@ def kernels(
 ) -> None:
     """Show which implementation each op uses here, and why not a faster one."""
     for module in pkgutil.iter_modules(folder.__path__):
-        importlib.import_module(f"{folder.__name__}.{module.name}")
-    found = list(choices())
+        if not module.name.startswith("_"):  # the native library is no Python module
+            importlib.import_module(f"{folder.__name__}.{module.name}")
+    found, sets = list(choices()), native.instruction_sets()
     if json:
-        print_json({"torch": torch.__version__, "ops": [asdict(choice) for choice in found]})
+        print_json({"torch": torch.__version__, "instruction_sets": sets, "ops": [asdict(choice) for choice in found]})
         return
     table = Table(title=f"torch {torch.__version__}", title_justify="left")
     for heading in ("op", "device", "implementation", "why not a faster one"):
@@ -31,3 +33,5 @@ def kernels(
     for choice in found:
         table.add_row(choice.op, choice.device, choice.implementation, choice.reason)
     Console().print(table)
+    built = ", ".join(f"{name}{'' if usable else ' (not on this processor)'}" for name, usable in sets.items())
+    Console().print(f"native: {native.name()} ({native.reason()}); in this build: {built or 'none'}")

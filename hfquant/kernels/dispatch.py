@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfquant.kernels import native
+
 
 _LIBRARY = torch.library.Library("hfquant", "DEF")
 
@@ -31,12 +33,14 @@ class Implementation:
         load: Returns the function, which takes the arguments of the op; called when it first runs.
         unavailable: Why it cannot run on a device, or ``None``.
         refuses: Why it cannot take these arguments, or ``None``.
+        quiet: Whether the reference computes what this one does not, without a warning.
     """
 
     name: str
     load: Callable[[], Callable[..., Any]]
     unavailable: Callable[[torch.device], str | None]
     refuses: Callable[..., str | None]
+    quiet: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Choice:
 
 
 _REFERENCES: dict[str, Callable[..., Any]] = {}
+_SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {}
 _IMPLEMENTATIONS: dict[tuple[str, str], list[Implementation]] = {}
 
 
@@ -65,7 +70,7 @@ def define_op(
         entry: Called in place of the chosen implementation, to check arguments first; it calls ``run``.
     """
     name = schema.partition("(")[0]
-    _REFERENCES[name] = reference
+    _REFERENCES[name], _SCHEMAS[name] = reference, (schema, fake)
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, entry or functools.partial(run, name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"hfquant::{name}", fake, lib=_LIBRARY)
@@ -79,6 +84,31 @@ def register_autograd(name: str, backward: Callable[..., Any], setup_context: Ca
 def register_implementation(op: str, device: str, implementation: Implementation) -> None:
     """Let ``implementation`` compute ``op`` on devices of type ``device``, after those that are registered already."""
     _IMPLEMENTATIONS.setdefault((op, device), []).append(implementation)
+
+
+def register_native(op: str, supports: Callable[..., bool]) -> None:
+    """Let the native library compute ``op`` on the CPU, as the op ``<op>_cpu`` with the same arguments.
+
+    Args:
+        op: Name of the op.
+        supports: Same arguments as the op; whether the native kernel takes them.
+    """
+    name, (schema, fake) = f"{op}_cpu", _SCHEMAS[op]
+    _LIBRARY.define(name + schema[len(op) :], tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, _REFERENCES[op], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hfquant::{name}", fake, lib=_LIBRARY)
+    function = getattr(torch.ops.hfquant, name).default
+    register_implementation(
+        op,
+        "cpu",
+        Implementation(
+            "native",
+            lambda: function,
+            lambda device: None if native.is_active() else native.reason(),
+            lambda *arguments: None if supports(*arguments) else "the native kernel does not take these arguments",
+            quiet=True,
+        ),
+    )
 
 
 def register_triton(op: str, refuses: Callable[..., str | None] | None = None) -> None:
@@ -126,7 +156,8 @@ def run(name: str, *arguments: Any) -> Any:
         reason = implementation.unavailable(device) or implementation.refuses(*arguments)
         if reason is None:
             return implementation.load()(*arguments)
-        _warn(name, implementation.name, device.type, reason)
+        if not implementation.quiet:
+            _warn(name, implementation.name, device.type, reason)
     return _REFERENCES[name](*arguments)
 
 

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from hfquant.errors import KernelError
+from hfquant.kernels import native
 from hfquant.kernels.dequantize import dequantize_weight
-from hfquant.kernels.dispatch import define_op, register_autograd, register_triton, run
+from hfquant.kernels.dispatch import define_op, register_autograd, register_native, register_triton, run
 from hfquant.numerics.packing import packed_length
 
 
@@ -35,8 +36,8 @@ _ARGUMENTS = (
 )
 
 
-def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> None:
-    """Define ``hfquant::<name>`` with the arguments above and its gradient."""
+def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> Callable[..., Tensor]:
+    """Define ``hfquant::<name>`` with the arguments above and its gradient; returns the function that calls it."""
 
     def checked(
         x: Tensor,
@@ -48,6 +49,8 @@ def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> 
         dynamic: bool,
     ) -> Tensor:
         _check_activations(x, weight, name, bits)
+        if x.device.type == "cpu":
+            native.warn_if_missing()
         bias = None if bias is None else bias.to(x.dtype)
         # Autocast would round the exact integer products to bfloat16 and return another dtype than promised.
         with torch.autocast(x.device.type, enabled=False):
@@ -57,6 +60,14 @@ def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> 
     def fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
+    define_op(name + _ARGUMENTS, reference=reference, fake=fake, entry=checked)
+    register_native(name, lambda x, w, scale, zero, _, bias, dynamic: _is_native(x, w, scale, zero, bias, bits))
+    register_triton(name, _refuses)
+    _register_gradient(name, bits)
+    return _with_short_cut(name, bits)
+
+
+def _register_gradient(name: str, bits: int) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, weight_scale, zero_point, _, bias, _ = inputs
         ctx.save_for_backward(weight, weight_scale, zero_point)
@@ -71,9 +82,53 @@ def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> 
             grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
         return grad_x, None, None, None, None, grad_bias, None
 
-    define_op(name + _ARGUMENTS, reference=reference, fake=fake, entry=checked)
-    register_triton(name, _refuses)
     register_autograd(name, backward, setup_context)
+
+
+def _with_short_cut(name: str, bits: int) -> Callable[..., Tensor]:
+    """The function that callers use: the native op itself where it applies and no gradient is wanted.
+
+    Gradients that are written in Python make torch run every call through Python, which costs more than a small layer.
+    """
+    op: Any = getattr(torch.ops.hfquant, name).default
+    native_op: Any = getattr(torch.ops.hfquant, f"{name}_cpu").default
+
+    def call(
+        x: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        weight_zero_point: Tensor | None = None,
+        *,
+        input_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        dynamic: bool = False,
+    ) -> Tensor:
+        trains = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        fits = native.is_active() and _is_native(x, weight, weight_scale, weight_zero_point, bias, bits)
+        # An exported program has to run on machines without the native library, and with gradients.
+        chosen = native_op if fits and not trains and not torch.compiler.is_exporting() else op
+        out: Tensor = chosen(x, weight, weight_scale, weight_zero_point, input_scale, bias, dynamic)
+        return out
+
+    return call
+
+
+def _is_native(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, bits: int
+) -> bool:
+    """Whether the native kernels take these tensors; groups must fill whole lanes of a vector, 4 bytes of codes."""
+    inputs, groups = x.shape[-1], weight_scale.shape[-1]
+    return (
+        x.dtype in native.FLOATS
+        and x.device.type == "cpu"
+        and 0 < inputs <= native.MAX_IN_FEATURES
+        and packed_length(inputs, bits) == weight.shape[-1]
+        and (groups == 1 or inputs % (groups * 32 // bits) == 0)
+        and weight.is_contiguous()
+        and weight_scale.is_contiguous()
+        and (zero_point is None or zero_point.is_contiguous())
+        and (bias is None or bias.dtype in native.FLOATS)
+    )
 
 
 def _refuses(x: Tensor, *_: Any) -> str | None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from hfquant import ConfigError, HfQuantConfig, dequantize_model, get_quantization_info, quantize_model_ptq
 from tests.support.processes import BLOCKED, compare_in_new_process, save_with_expectation
 from tests.support.tiny_models import TINY, build, output
-from tests.support.tolerance import SAME_VALUES
+from tests.support.tolerance import SAME_VALUES, assert_close
 
 
 def plain_config(model: Any) -> dict[str, Any]:
@@ -20,6 +20,7 @@ def plain_config(model: Any) -> dict[str, Any]:
     return {key: value for key, value in model.config.to_dict().items() if key not in ignored}
 
 
+@pytest.mark.usefixtures("reference_kernels")
 @pytest.mark.parametrize("name", TINY)
 def test_no_trace_is_left(name: str) -> None:
     model = build(name)
@@ -39,12 +40,21 @@ def test_no_trace_is_left(name: str) -> None:
     torch.testing.assert_close(output(model, name), quantized, **SAME_VALUES)
 
 
+@pytest.mark.usefixtures("reference_kernels")
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "bert", "vit", "opt", "gemma3"])
 def test_the_forward_is_that_of_the_quantized_weights(name: str) -> None:
     model = quantize_model_ptq(build(name), quantization_bits=4, progress=False)
     quantized = output(model, name)
     assert torch.equal(output(dequantize_model(model), name), quantized)
     assert not torch.equal(quantized, output(build(name), name))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_the_fastest_kernels_are_as_close_as_float32_is(name: str) -> None:
+    model = quantize_model_ptq(build(name), quantization_bits=4, progress=False)
+    found = output(model, name)
+    plain = output(dequantize_model(model), name)
+    assert_close(found, output(model.double(), name), plain)
 
 
 def test_plain_transformers_loads_them(tmp_path: Path) -> None:

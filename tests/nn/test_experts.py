@@ -37,6 +37,7 @@ def tokens(index: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, T
     return torch.randn(len(index), 64).to(dtype), index, torch.rand(index.shape).to(dtype)
 
 
+@pytest.mark.usefixtures("reference_kernels")
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("scheme", ["int4-g16", "int8-channel", "int4-g32-asym"])
 @pytest.mark.parametrize("name", MODELS)

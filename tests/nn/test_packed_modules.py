@@ -34,6 +34,7 @@ MODULES: dict[str, tuple[Any, Any]] = {
 SCHEMES = ["int4-g16", "int8-channel", "int4-channel-asym", "int8-g16-asym"]
 
 
+@pytest.mark.usefixtures("reference_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", MODULES)

@@ -21,6 +21,7 @@ def tied_pair(scheme: str = "int8-channel") -> nn.Sequential:
     return model
 
 
+@pytest.mark.usefixtures("reference_kernels")
 @pytest.mark.parametrize("scheme", ["int8-channel", "int4-g16", "int4-g16-asym"])
 def test_ties_are_shared_and_come_back_shared(scheme: str) -> None:
     model = tied_pair(scheme)

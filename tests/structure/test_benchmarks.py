@@ -56,3 +56,12 @@ def test_gpu_benchmark_up_to_the_first_call_to_cuda(
     assert len(rows) > 50
     assert all(row["ok"] for row in rows), [row["check"] for row in rows if not row["ok"]]
     assert gpu.table([{"N": 1, "us": 2.5}]) == "| N | us |\n| --- | --- |\n| 1 | 2.50 |"
+
+
+def test_kernels_at_smoke_size(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location("kernels", BENCHMARKS / "kernels.py")
+    kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+    rows = kernels.main(["--smoke"])
+    assert {row["op"] for row in rows} == set(kernels.CASES)
+    assert "max error" in capsys.readouterr().out

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from hfquant.kernels import native
 from hfquant.kernels.dequantize.reference import dequantize_reference
-from hfquant.kernels.dispatch import define_op, register_triton
+from hfquant.kernels.dispatch import define_op, register_native, register_triton
 
 
 def _fake(
@@ -18,6 +19,14 @@ define_op(
     "ScalarType dtype) -> Tensor",
     reference=dequantize_reference,
     fake=_fake,
+)
+register_native(
+    "dequantize",
+    lambda weight, scale, zero, bits, inputs, dtype: (
+        dtype in native.FLOATS
+        and weight.numel() > 0
+        and all(tensor is None or tensor.is_contiguous() for tensor in (weight, scale, zero))
+    ),
 )
 register_triton("dequantize")
 

@@ -1,25 +1,7 @@
-"""``x @ weight.T + bias`` on a packed INT4 weight."""
-
-import torch
-from torch import Tensor
+"""``x @ weight.T + bias`` on a packed INT4 weight; see ``hfquant.kernels.linear_op`` for arguments and gradient."""
 
 from hfquant.kernels.int4_linear.reference import int4_linear_reference
 from hfquant.kernels.linear_op import define_linear
 
 
-define_linear("int4_linear", int4_linear_reference, bits=4)
-
-
-def int4_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None = None,
-    *,
-    input_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    dynamic: bool = False,
-) -> Tensor:
-    """Linear layer on INT4 weights; see ``hfquant.kernels.linear_op`` for arguments, result and gradient."""
-    out: Tensor = torch.ops.hfquant.int4_linear(x, weight, weight_scale, weight_zero_point, input_scale, bias, dynamic)
-    return out
+int4_linear = define_linear("int4_linear", int4_linear_reference, bits=4)

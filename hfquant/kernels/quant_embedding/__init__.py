@@ -1,9 +1,12 @@
 """Rows of a packed embedding table."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from hfquant.kernels.dispatch import define_op, register_triton
+from hfquant.kernels import native
+from hfquant.kernels.dispatch import define_op, register_native, register_triton
 from hfquant.kernels.quant_embedding.reference import quant_embedding_reference
 
 
@@ -19,12 +22,20 @@ def _fake(
     return weight.new_empty((*ids.shape, embedding_dim), dtype=dtype)
 
 
+def _is_native(ids: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, *rest: Any) -> bool:
+    whole = all(tensor is None or tensor.is_contiguous() for tensor in (ids, weight, scale, zero))
+    known = ids.dtype == torch.int64 and rest[-1] in native.FLOATS
+    # An id outside the table is left to the reference, which raises torch's own IndexError.
+    return whole and known and (not ids.numel() or (int(ids.min()) >= 0 and int(ids.max()) < weight.shape[0]))
+
+
 define_op(
     "quant_embedding(Tensor ids, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, int bits, "
     "int embedding_dim, ScalarType dtype) -> Tensor",
     reference=quant_embedding_reference,
     fake=_fake,
 )
+register_native("quant_embedding", _is_native)
 register_triton("quant_embedding")
 
 

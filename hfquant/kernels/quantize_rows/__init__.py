@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from hfquant.kernels.dispatch import define_op, register_triton
+from hfquant.kernels import native
+from hfquant.kernels.dispatch import define_op, register_native, register_triton
 from hfquant.kernels.quantize_rows.reference import quantize_rows_reference
 
 
@@ -12,6 +13,7 @@ def _fake(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 define_op("quantize_rows(Tensor x, Tensor? scale) -> (Tensor, Tensor)", reference=quantize_rows_reference, fake=_fake)
+register_native("quantize_rows", lambda x, scale: x.dtype in native.FLOATS and x.shape[-1] > 0)
 register_triton("quantize_rows")
 
 

@@ -1,0 +1,21 @@
+// Kernels for AVX2 (Intel Haswell 2013, AMD Zen 2017, and later).
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+// Standard headers come first: their inline functions must not be compiled for an instruction set that the machine
+// may lack, because the linker keeps one copy for everybody.
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace hfquant {
+#include "simd_avx2.h"
+#include "rows.h"
+#include "linear.h"
+
+KERNEL_TABLE(hfquant_avx2, "avx2", 4)
+}  // namespace hfquant
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,21 @@
+// Kernels for AVX-512 with VNNI (Intel Cascade Lake 2019, AMD Zen 4, and later).
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+// Standard headers come first: their inline functions must not be compiled for an instruction set that the machine
+// may lack, because the linker keeps one copy for everybody.
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")
+namespace hfquant {
+#include "simd_avx512.h"
+#include "rows.h"
+#include "linear.h"
+
+KERNEL_TABLE(hfquant_avx512, "avx512", 8)
+}  // namespace hfquant
+#pragma GCC pop_options
+#endif

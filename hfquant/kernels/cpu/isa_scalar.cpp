@@ -1,0 +1,13 @@
+// Kernels for any processor.
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace hfquant {
+#include "simd_scalar.h"
+#include "rows.h"
+#include "linear.h"
+
+KERNEL_TABLE(hfquant_scalar, "scalar", 4)
+}  // namespace hfquant

@@ -1,0 +1,100 @@
+// The table of CPU kernels; one per instruction set, all with the same results. See docs/kernels.md for the layouts.
+#pragma once
+#include <cstdint>
+
+namespace hfquant {
+
+constexpr int BLOCK = 32;      // output features that one unit of work computes
+constexpr int MAX_PLANES = 3;  // INT8 digits of one activation: 1 quantized, 2 half precision, 3 float32
+
+enum class Float : int { f32, bf16, f16 };
+
+// A packed weight as numerics/packing.py defines it: rows of unsigned codes, lowest bits first.
+struct Weight {
+  const uint8_t* codes;   // [N, row_bytes]
+  const uint16_t* scale;  // [N, groups], bfloat16 bit patterns
+  const uint8_t* zero;    // [N, zero_bytes] packed like the codes, or null for symmetric
+  int64_t rows, in_features, row_bytes, groups, zero_bytes;
+  int bits;
+};
+
+// Activations as a kernel wants them; the caller owns the memory. `chunk` is what one vector of weights multiplies.
+//   few rows:  codes [M, planes, chunks, chunk], sums [M, planes, chunks, lanes]   (sums of 4 or 8 codes)
+//   tiles:     codes [tiles, planes, K / 4, tile, 4], sums [tiles, planes, segments, tile]
+// With a symmetric weight sums are multiplied by -2**(bits-1), so that an accumulator can start from them.
+// Quantized activations have one scale a row. Digits of float ones have one a chunk [M, chunks] or a segment
+// [M, segments], so that an outlier costs only its neighbours precision.
+struct Activations {
+  int64_t rows;
+  int planes;
+  const int8_t* codes;
+  const int32_t* sums;
+  const int32_t* row_sums;  // [M, planes]; few rows only
+  const float* scale;
+};
+
+struct Output {
+  void* data;  // [M, N]
+  Float type;
+  const float* bias;  // [N] or null
+  int64_t columns;    // N
+};
+
+struct Kernels {
+  const char* name;
+  int vector_bytes;  // of one register
+  int tile;          // rows of activations in a register tile
+  int few;           // up to this many rows are multiplied row by row, without tiles
+  // Codes [planes, padded] and scales of row `x [K]`; `given` is a static scale or null. Float activations (planes > 1)
+  // have a scale for every `block` inputs.
+  void (*quantize_row)(const float* x, int64_t count, int planes, int64_t block, const float* given, int8_t* codes,
+                       int64_t padded, float* scales);
+  void (*to_float)(const void* x, Float type, int64_t count, float* out);
+  void (*from_float)(const float* x, Float type, int64_t count, void* out);
+  // Fills codes, sums and row sums of one row for `few`, from `codes [planes, padded]` in natural order.
+  void (*arrange_few)(const Weight&, int planes, const int8_t* natural, int64_t padded, int8_t* codes, int32_t* sums,
+                      int32_t* row_sums);
+  // The same for row `row` of a tile.
+  void (*arrange_tile)(const Weight&, int planes, int row, const int8_t* natural, int64_t padded, int8_t* codes,
+                       int32_t* sums);
+  void (*few_rows)(const Weight&, const Activations&, const Output&, int64_t first_block, int64_t last_block);
+  void (*tiles)(const Weight&, const Activations&, const Output&, int64_t block, int64_t first_tile, int64_t last_tile,
+                const uint8_t* panel);
+  // Makes the panel of one block for `tiles`: codes [K / 4, BLOCK, 4], scales [groups, BLOCK], zero points likewise.
+  void (*pack_panel)(const Weight&, int64_t block, uint8_t* panel);
+  // Float values of one row [K].
+  void (*dequantize_row)(const Weight&, int64_t row, Float type, void* out);
+};
+
+inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Codes that one vector of weights holds.
+inline int64_t chunk_of(const Weight& w, int vector_bytes) { return int64_t(vector_bytes) * 8 / w.bits; }
+
+// Inputs of a row of tiles: whole words, so that INT4 has pairs of quads.
+inline int64_t panel_depth(const Weight& w) { return round_up(w.in_features, 8); }
+
+// Inputs that a register tile sums up in integers: a group, but at most 128 where activations have scales of their own.
+inline int64_t segment_of(const Weight& w, int planes) {
+  const int64_t group = w.in_features / w.groups;
+  return planes > 1 && (w.groups == 1 || group % 128 == 0) && group > 128 ? 128 : group;
+}
+
+inline int64_t segments_of(const Weight& w, int planes) {
+  const int64_t segment = segment_of(w, planes);
+  return (w.in_features + segment - 1) / segment;
+}
+
+// Bytes of a panel: codes, scales and zero points.
+inline int64_t panel_bytes(const Weight& w) {
+  return panel_depth(w) * BLOCK + w.groups * BLOCK * 8 + 64;
+}
+
+extern "C" const Kernels hfquant_scalar;
+#if defined(__x86_64__)
+extern "C" const Kernels hfquant_avx2;
+extern "C" const Kernels hfquant_avxvnni;
+extern "C" const Kernels hfquant_avx512;
+#endif
+
+}  // namespace hfquant

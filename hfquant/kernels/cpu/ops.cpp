@@ -1,0 +1,361 @@
+// The CPU implementations of hfquant's ops: arguments are checked and divided among threads here, the arithmetic is in
+// the table of the best instruction set (kernels.h).
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "torch_abi.h"
+
+namespace hfquant {
+namespace {
+
+const Kernels* kernels = &hfquant_scalar;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+// Memory for one call, aligned to a cache line.
+template <class T>
+Buffer<T> buffer(int64_t count) {
+  const size_t bytes = (size_t(count) * sizeof(T) + 127) / 64 * 64;
+  T* memory = static_cast<T*>(std::aligned_alloc(64, bytes));
+  if (!memory) throw std::bad_alloc();
+  return Buffer<T>(memory);
+}
+
+Float float_type(int32_t dtype) {
+  if (dtype == torch.aoti_torch_dtype_float32()) return Float::f32;
+  if (dtype == torch.aoti_torch_dtype_bfloat16()) return Float::bf16;
+  require(dtype == torch.aoti_torch_dtype_float16(), "activations must be float32, bfloat16 or float16");
+  return Float::f16;
+}
+
+int64_t size_of(Float type) { return type == Float::f32 ? 4 : 2; }
+
+float bfloat(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float out;
+  std::memcpy(&out, &wide, 4);
+  return out;
+}
+
+// The packed tensors of a weight; leading dimensions are rows too.
+Weight weight_of(const Tensor& codes, const Tensor& scale, const Tensor& zero, int64_t bits, int64_t in_features) {
+  require(codes.dtype() == torch.aoti_torch_dtype_int32() && scale.dtype() == torch.aoti_torch_dtype_int16(),
+          "a packed weight is int32, its scales are int16");
+  require(codes.contiguous() && scale.contiguous() && (!zero || zero.contiguous()), "packed tensors must be contiguous");
+  Weight w{};
+  const int64_t last = codes.dim() - 1;
+  w.bits = int(bits);
+  w.in_features = in_features;
+  w.row_bytes = codes.sizes()[last] * 4;
+  w.groups = scale.sizes()[scale.dim() - 1];
+  w.rows = 1;
+  for (int64_t i = 0; i < last; i++) w.rows *= codes.sizes()[i];
+  require(w.row_bytes == (in_features * bits + 31) / 32 * 4, "the packed rows are of another length");
+  require(scale.numel() == w.rows * w.groups && w.groups > 0 && in_features % w.groups == 0, "scales do not fit");
+  w.codes = codes.data<uint8_t>();
+  w.scale = scale.data<uint16_t>();
+  if (zero) {
+    w.zero = zero.data<uint8_t>();
+    w.zero_bytes = zero.sizes()[zero.dim() - 1] * 4;
+    require(w.zero_bytes == (w.groups * bits + 31) / 32 * 4, "zero points do not fit");
+  }
+  return w;
+}
+
+// The rows of a tensor [..., K] of any layout, as float32.
+class Rows {
+ public:
+  explicit Rows(const Tensor& x)
+      : dims_(x.dim()), sizes_(x.sizes()), strides_(x.strides()), type_(float_type(x.dtype())), data_(x.data<char>()) {
+    length = sizes_[dims_ - 1];
+    for (int64_t i = 0; i + 1 < dims_; i++) count *= sizes_[i];
+  }
+  int64_t length, count = 1;
+  Float type() const { return type_; }
+
+  // Row `m`; `scratch` has room for `length` floats and as many values of the type.
+  const float* read(int64_t m, float* scratch) const {
+    const int64_t size = size_of(type_), step = strides_[dims_ - 1];
+    int64_t offset = 0;
+    for (int64_t i = dims_ - 2; i >= 0; i--) {
+      offset += m % sizes_[i] * strides_[i];
+      m /= sizes_[i];
+    }
+    const char* row = data_ + offset * size;
+    if (step != 1 && length > 1) {
+      char* dense = reinterpret_cast<char*>(scratch + length);
+      for (int64_t k = 0; k < length; k++) std::memcpy(dense + k * size, row + k * step * size, size);
+      row = dense;
+    }
+    if (type_ == Float::f32) return reinterpret_cast<const float*>(row);
+    kernels->to_float(row, type_, length, scratch);
+    return scratch;
+  }
+
+ private:
+  int64_t dims_;
+  const int64_t *sizes_, *strides_;
+  Float type_;
+  const char* data_;
+};
+
+// Activations that a product takes, with their memory.
+struct Prepared {
+  Activations view{};
+  Buffer<int8_t> codes;
+  Buffer<int32_t> sums, row_sums;
+  Buffer<float> scale;
+};
+
+struct LinearCall {
+  const Rows& x;
+  const Weight& w;
+  const float* given;  // static activation scale, or null
+  int planes;
+  int64_t padded() const { return round_up(w.in_features, 128); }
+};
+
+void few_rows(const LinearCall& call, const Output& out) {
+  const Weight& w = call.w;
+  const int64_t rows = call.x.count, chunk = chunk_of(w, kernels->vector_bytes);
+  const int64_t chunks = (w.in_features + chunk - 1) / chunk, lanes = kernels->vector_bytes / 4;
+  auto codes = buffer<int8_t>(rows * call.planes * chunks * chunk);
+  auto sums = buffer<int32_t>(rows * call.planes * chunks * lanes);
+  auto row_sums = buffer<int32_t>(rows * call.planes);
+  const int64_t steps = call.planes == 1 ? 1 : chunks;
+  auto scale = buffer<float>(rows * steps);
+  auto scratch = buffer<float>(2 * call.x.length);
+  auto natural = buffer<int8_t>(call.planes * call.padded());
+  for (int64_t m = 0; m < rows; m++) {
+    const float* x = call.x.read(m, scratch.get());
+    kernels->quantize_row(x, w.in_features, call.planes, chunk, call.given, natural.get(), call.padded(),
+                          scale.get() + m * steps);
+    kernels->arrange_few(w, call.planes, natural.get(), call.padded(), codes.get() + m * call.planes * chunks * chunk,
+                         sums.get() + m * call.planes * chunks * lanes, row_sums.get() + m * call.planes);
+  }
+  const Activations a{rows, call.planes, codes.get(), sums.get(), row_sums.get(), scale.get()};
+  const int64_t blocks = (w.rows + BLOCK - 1) / BLOCK;
+  // Less than this many bytes of weights for a thread cost more to hand over than to multiply.
+  const int64_t grain = std::max<int64_t>(1, (64 << 10) / (w.row_bytes * BLOCK));
+  parallel_for(blocks, grain, [&](int64_t begin, int64_t end) { kernels->few_rows(w, a, out, begin, end); });
+}
+
+void many_rows(const LinearCall& call, const Output& out) {
+  const Weight& w = call.w;
+  const int64_t tile = kernels->tile, rows = call.x.count, tiles = (rows + tile - 1) / tile;
+  const int64_t tile_codes = call.planes * panel_depth(w) * tile, segments = segments_of(w, call.planes);
+  const int64_t tile_sums = call.planes * segments * tile, steps = call.planes == 1 ? 1 : segments;
+  auto codes = buffer<int8_t>(tiles * tile_codes);
+  auto sums = buffer<int32_t>(tiles * tile_sums);
+  auto scale = buffer<float>(tiles * tile * steps);
+  parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
+    auto scratch = buffer<float>(2 * call.x.length);
+    auto natural = buffer<int8_t>(call.planes * call.padded());
+    for (int64_t t = begin; t < end; t++)
+      for (int64_t m = t * tile; m < (t + 1) * tile; m++) {
+        if (m < rows) {
+          const float* x = call.x.read(m, scratch.get());
+          kernels->quantize_row(x, w.in_features, call.planes, segment_of(w, call.planes), call.given, natural.get(),
+                                call.padded(), scale.get() + m * steps);
+        } else {
+          std::memset(natural.get(), 0, call.planes * call.padded());
+          std::fill_n(scale.get() + m * steps, steps, 0.0f);
+        }
+        kernels->arrange_tile(w, call.planes, int(m % tile), natural.get(), call.padded(), codes.get() + t * tile_codes,
+                              sums.get() + t * tile_sums);
+      }
+  });
+  const Activations a{rows, call.planes, codes.get(), sums.get(), nullptr, scale.get()};
+  const int64_t blocks = (w.rows + BLOCK - 1) / BLOCK;
+  uint32_t threads = 1;
+  check(torch.torch_get_num_threads(&threads), "get_num_threads");
+  // Narrow layers have too few blocks for many threads: divide the tiles too, at the price of packing panels again.
+  const int64_t wanted = threads > 1 ? 4 * int64_t(threads) : 1;
+  const int64_t parts = std::max<int64_t>(1, std::min(wanted / blocks, tiles / 8)), step = (tiles + parts - 1) / parts;
+  parallel_for(blocks * parts, 1, [&](int64_t begin, int64_t end) {
+    auto panel = buffer<uint8_t>(panel_bytes(w));
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t first = i % parts * step, last = std::min(first + step, tiles);
+      if (first >= last) continue;
+      kernels->pack_panel(w, i / parts, panel.get());
+      kernels->tiles(w, a, out, i / parts, first, last, panel.get());
+    }
+  });
+}
+
+// The bias as float32, rounded to the type of the activations first, as the reference does.
+Buffer<float> read_bias(const Tensor& bias, Float type, int64_t count) {
+  require(bias.numel() == count, "the bias does not fit");
+  auto out = buffer<float>(2 * count);
+  const Rows rows(bias);
+  const float* values = rows.read(0, out.get());
+  if (values != out.get()) std::memmove(out.get(), values, count * 4);
+  if (rows.type() != type && type != Float::f32) {
+    auto rounded = buffer<uint16_t>(count);
+    kernels->from_float(out.get(), type, count, rounded.get());
+    kernels->to_float(rounded.get(), type, count, out.get());
+  }
+  return out;
+}
+
+// int4_linear_cpu, int8_linear_cpu(x, weight, weight_scale, weight_zero_point?, input_scale?, bias?, dynamic) -> Tensor
+template <int BITS>
+void linear(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor x = Tensor::argument(stack[0]), codes = Tensor::argument(stack[1]), scale = Tensor::argument(stack[2]);
+  const Tensor zero = Tensor::optional(stack[3]), given = Tensor::optional(stack[4]), bias = Tensor::optional(stack[5]);
+  const bool dynamic = stack[6] & 1;
+  const Rows rows(x);
+  const Weight w = weight_of(codes, scale, zero, BITS, rows.length);
+  require(codes.dim() == 2, "the weight of a linear layer has two dimensions");
+  int64_t sizes[16];
+  require(x.dim() <= 16, "more than 16 dimensions");
+  std::copy(x.sizes(), x.sizes() + x.dim(), sizes);
+  sizes[x.dim() - 1] = w.rows;
+  Tensor result = Tensor::empty(x.dim(), sizes, x.dtype());
+  const float input_scale = given ? bfloat(*given.data<uint16_t>()) : 0;
+  const int planes = given || dynamic ? 1 : rows.type() == Float::f32 ? 3 : 2;
+  Buffer<float> bias_values;
+  if (bias) bias_values = read_bias(bias, rows.type(), w.rows);
+  if (rows.count && w.rows) {
+    const Output out{result.data<void>(), rows.type(), bias_values.get(), w.rows};
+    const LinearCall call{rows, w, given ? &input_scale : nullptr, planes};
+    rows.count <= kernels->few ? few_rows(call, out) : many_rows(call, out);
+  }
+  stack[0] = result.result();
+}
+
+// dequantize_cpu(weight, weight_scale, weight_zero_point?, bits, in_features, dtype) -> Tensor
+void dequantize(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor codes = Tensor::argument(stack[0]), scale = Tensor::argument(stack[1]);
+  const Tensor zero = Tensor::optional(stack[2]);
+  const int32_t dtype = int32_t(stack[5]);
+  const Float type = float_type(dtype);
+  const Weight w = weight_of(codes, scale, zero, int64_t(stack[3]), int64_t(stack[4]));
+  int64_t sizes[16];
+  require(codes.dim() <= 16, "more than 16 dimensions");
+  std::copy(codes.sizes(), codes.sizes() + codes.dim(), sizes);
+  sizes[codes.dim() - 1] = w.in_features;
+  Tensor result = Tensor::empty(codes.dim(), sizes, dtype);
+  char* out = result.data<char>();
+  const int64_t row = w.in_features * size_of(type);
+  parallel_for(w.rows, std::max<int64_t>(1, (64 << 10) / std::max<int64_t>(1, row)), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n++) kernels->dequantize_row(w, n, type, out + n * row);
+  });
+  stack[0] = result.result();
+}
+
+// quant_embedding_cpu(ids, weight, weight_scale, weight_zero_point?, bits, embedding_dim, dtype) -> Tensor
+void embedding(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor ids = Tensor::argument(stack[0]), codes = Tensor::argument(stack[1]), scale = Tensor::argument(stack[2]);
+  const Tensor zero = Tensor::optional(stack[3]);
+  const int32_t dtype = int32_t(stack[6]);
+  const Float type = float_type(dtype);
+  const Weight w = weight_of(codes, scale, zero, int64_t(stack[4]), int64_t(stack[5]));
+  require(ids.contiguous() && ids.dtype() == torch.aoti_torch_dtype_int64(), "ids must be contiguous int64");
+  const int64_t count = ids.numel(), row = w.in_features * size_of(type);
+  const int64_t* id = ids.data<int64_t>();
+  for (int64_t i = 0; i < count; i++) require(id[i] >= 0 && id[i] < w.rows, "an id is not a row of the table");
+  int64_t sizes[16];
+  require(ids.dim() < 16, "more than 16 dimensions");
+  std::copy(ids.sizes(), ids.sizes() + ids.dim(), sizes);
+  sizes[ids.dim()] = w.in_features;
+  Tensor result = Tensor::empty(ids.dim() + 1, sizes, dtype);
+  char* out = result.data<char>();
+  parallel_for(count, std::max<int64_t>(1, (64 << 10) / std::max<int64_t>(1, row)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) kernels->dequantize_row(w, id[i], type, out + i * row);
+  });
+  stack[0] = result.result();
+}
+
+// quantize_rows_cpu(x, scale?) -> (Tensor, Tensor)
+void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor x = Tensor::argument(stack[0]), given = Tensor::optional(stack[1]);
+  const Rows rows(x);
+  int64_t sizes[16];
+  require(x.dim() <= 16, "more than 16 dimensions");
+  std::copy(x.sizes(), x.sizes() + x.dim(), sizes);
+  Tensor codes = Tensor::empty(x.dim(), sizes, torch.aoti_torch_dtype_int8());
+  sizes[x.dim() - 1] = 1;
+  Tensor scale = Tensor::empty(x.dim(), sizes, torch.aoti_torch_dtype_float32());
+  const float* fixed = given ? given.data<float>() : nullptr;
+  int8_t* code = codes.data<int8_t>();
+  float* steps = scale.data<float>();
+  parallel_for(rows.count, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, rows.length)),
+               [&](int64_t begin, int64_t end) {
+                 auto scratch = buffer<float>(2 * rows.length);
+                 for (int64_t m = begin; m < end; m++)
+                   kernels->quantize_row(rows.read(m, scratch.get()), rows.length, 1, rows.length, fixed,
+                                         code + m * rows.length, rows.length, steps + m);
+               });
+  stack[0] = codes.result();
+  stack[1] = scale.result();
+}
+
+bool has(const char* name) {
+#if defined(__x86_64__)
+  const std::string isa(name);
+  __builtin_cpu_init();  // asks the processor and whether the system saves the registers
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == "avx2") return avx2;
+  if (isa == "avxvnni") return avx2 && __builtin_cpu_supports("avxvnni");
+  if (isa == "avx512")
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
+#endif
+  return std::strcmp(name, "scalar") == 0;
+}
+
+const Kernels* const TABLES[] = {
+#if defined(__x86_64__)
+    &hfquant_avx512, &hfquant_avxvnni, &hfquant_avx2,
+#endif
+    &hfquant_scalar};
+
+}  // namespace
+}  // namespace hfquant
+
+// Called once, by hfquant/kernels/native.py. Returns what is missing, or null.
+extern "C" __attribute__((visibility("default"))) const char* hfquant_register(void* torch_library) {
+  using namespace hfquant;
+  if (const char* missing = torch.load(torch_library)) return missing;
+  void* library = nullptr;
+  if (torch.aoti_torch_library_init_impl("hfquant", "CPU", __FILE__, __LINE__, &library)) return "torch::Library";
+  const std::pair<const char*, void (*)(StableIValue*, uint64_t, uint64_t)> ops[] = {
+      {"int4_linear_cpu", linear<4>},
+      {"int8_linear_cpu", linear<8>},
+      {"dequantize_cpu", dequantize},
+      {"quant_embedding_cpu", embedding},
+      {"quantize_rows_cpu", quantize_rows},
+  };
+  for (const auto& [name, function] : ops)
+    if (torch.torch_library_impl(library, name, function, TARGET_TORCH)) return name;
+  return nullptr;  // the library lives as long as the process
+}
+
+// Name of the `index`-th instruction set of this build, the best one first; null behind the last.
+extern "C" __attribute__((visibility("default"))) const char* hfquant_isa(int index) {
+  const int count = sizeof(hfquant::TABLES) / sizeof(hfquant::TABLES[0]);
+  return index < count ? hfquant::TABLES[index]->name : nullptr;
+}
+
+// Whether this machine can run the instruction set `name`.
+extern "C" __attribute__((visibility("default"))) int hfquant_has(const char* name) { return hfquant::has(name); }
+
+// Switches to the instruction set `name`, which the machine has; no op may be running.
+extern "C" __attribute__((visibility("default"))) int hfquant_select(const char* name) {
+  for (const auto* table : hfquant::TABLES)
+    if (std::strcmp(table->name, name) == 0 && hfquant::has(name)) {
+      hfquant::kernels = table;
+      return 1;
+    }
+  return 0;
+}

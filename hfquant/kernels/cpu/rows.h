@@ -1,0 +1,245 @@
+// Single rows: conversion, quantization and arrangement of activations, dequantization of weights. Plain loops that
+// the compiler vectorizes for the instruction set of the including file.
+
+namespace {
+
+INLINE uint32_t bits_of(float v) {
+  uint32_t out;
+  memcpy(&out, &v, 4);
+  return out;
+}
+
+INLINE float float_of(uint32_t v) {
+  float out;
+  memcpy(&out, &v, 4);
+  return out;
+}
+
+INLINE float from_half(uint16_t h) {
+  const uint32_t magnitude = h & 0x7FFF, sign = uint32_t(h & 0x8000) << 16;
+  const uint32_t finite = bits_of(float_of(magnitude << 13) * 0x1p112f);
+  return float_of((magnitude >= 0x7C00 ? 0x7F800000u | magnitude << 13 : finite) | sign);
+}
+
+// Nearest half, ties to even.
+INLINE uint16_t to_half(float v) {
+  const uint32_t a = bits_of(v) & 0x7FFFFFFF, sign = (bits_of(v) >> 16) & 0x8000;
+  const uint32_t large = a > 0x7F800000 ? 0x7E00 : 0x7C00;
+  const uint32_t small = bits_of(float_of(a) + 0.5f) - bits_of(0.5f);  // the addition rounds at the last subnormal bit
+  const uint32_t normal = (a - (112u << 23) + 0xFFF + ((a >> 13) & 1)) >> 13;
+  return uint16_t(sign | (a >= 0x47800000 ? large : a < 0x38800000 ? small : normal));
+}
+
+// Nearest bfloat16, ties to even.
+INLINE uint16_t to_bfloat(float v) {
+  const uint32_t u = bits_of(v);
+  return uint16_t((u & 0x7FFFFFFF) > 0x7F800000 ? (u >> 16) | 0x40 : (u + 0x7FFF + ((u >> 16) & 1)) >> 16);
+}
+
+void to_float(const void* x, Float type, int64_t count, float* out) {
+  const uint16_t* half = (const uint16_t*)x;
+  if (type == Float::f32) memcpy(out, x, count * 4);
+  if (type == Float::bf16)
+    for (int64_t i = 0; i < count; i++) out[i] = float_of(uint32_t(half[i]) << 16);
+  if (type == Float::f16)
+    for (int64_t i = 0; i < count; i++) out[i] = from_half(half[i]);
+}
+
+void from_float(const float* x, Float type, int64_t count, void* out) {
+  uint16_t* half = (uint16_t*)out;
+  if (type == Float::f32) memcpy(out, x, count * 4);
+  if (type == Float::bf16)
+    for (int64_t i = 0; i < count; i++) half[i] = to_bfloat(x[i]);
+  if (type == Float::f16)
+    for (int64_t i = 0; i < count; i++) half[i] = to_half(x[i]);
+}
+
+// Writes `values [count] + bias` to row `m` of the result, from column `n0`.
+INLINE void store_row(const Output& out, int64_t m, int64_t n0, int count, float* values) {
+  if (out.bias)
+    for (int i = 0; i < count; i++) values[i] += out.bias[n0 + i];
+  const int64_t size = out.type == Float::f32 ? 4 : 2;
+  from_float(values, out.type, count, (char*)out.data + (m * out.columns + n0) * size);
+}
+
+constexpr float ROUND = 12582912.0f;  // 1.5 * 2**23: adding and subtracting it rounds to the nearest even integer
+
+INLINE float nearest_code(float steps) {
+  const float high = steps < 127.0f ? steps : 127.0f, low = high > -128.0f ? high : -128.0f;
+  return (low + ROUND) - ROUND;
+}
+
+// Codes of `count` <= 64 values by the reciprocal; returns the bits of the largest distance from a code.
+INLINE uint32_t round_part(const float* x, int count, float inverse, int8_t* codes) {
+  uint32_t distance = 0;
+  for (int i = 0; i < count; i++) {
+    const float steps = x[i] * inverse, nearest = nearest_code(steps);
+    const uint32_t off = bits_of(steps - nearest) & 0x7FFFFFFF;
+    distance = off > distance ? off : distance;
+    codes[i] = int8_t(int32_t(nearest));
+  }
+  return distance;
+}
+
+// Codes `round(x / scale)`. Multiplying by the reciprocal is off by less than 1e-4, so only near a tie can it round
+// another way: such parts are divided, and so are those that saturate. (Division alone would cost as much as a layer.)
+void round_row(const float* x, int64_t count, float scale, int8_t* codes) {
+  const float inverse = 1.0f / scale, near_tie = 0.4999f;
+  const bool divide = !(scale >= 0x1p-120f && scale <= 0x1p120f);
+  for (int64_t start = 0; start < count; start += 64) {
+    const int n = count - start < 64 ? int(count - start) : 64;
+    const float* part = x + start;
+    const uint32_t distance =
+        n == 64 ? round_part(part, 64, inverse, codes + start) : round_part(part, n, inverse, codes + start);
+    if (divide || distance > bits_of(near_tie))
+      for (int i = 0; i < n; i++) codes[start + i] = int8_t(int32_t(nearest_code(part[i] / scale)));
+  }
+}
+
+// Digits of x / scale in base 256, signed: x = scale * (d0 + d1 / 256 + d2 / 65536), scale a power of two such that
+// |x / scale| <= 127. The remainder is at most 2**-17 (three digits) or 2**-9 (two) of a step.
+float split_block(const float* x, int64_t count, int planes, uint32_t largest, int8_t* codes, int64_t padded) {
+  // Exponent such that the largest magnitude is in (63.5, 127] steps; far below float32's range digits are zero.
+  int exponent = int(largest >> 23) - 127 - 6 + ((largest & 0x7FFFFF) > 0x7E0000 ? 1 : 0);
+  exponent = exponent < -100 ? -100 : exponent;
+  const float scale = float_of(uint32_t(exponent + 127) << 23);
+  const float steps = (planes == 3 ? 65536.0f : 256.0f) / scale;
+  int8_t *first = codes, *second = codes + padded, *third = codes + 2 * padded;
+  for (int64_t i = 0; i < count; i++) {
+    const float scaled = x[i] * steps;  // exact: a power of two
+    int32_t v = int32_t(scaled + (scaled < 0 ? -0.5f : 0.5f));
+    if (planes == 3) {
+      third[i] = int8_t(v);
+      v = (v - int8_t(v)) >> 8;
+    }
+    second[i] = int8_t(v);
+    first[i] = int8_t((v - int8_t(v)) >> 8);
+  }
+  return scale;
+}
+
+INLINE uint32_t largest_magnitude(const float* x, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const uint32_t magnitude = bits_of(x[i]) & 0x7FFFFFFF;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
+void quantize_row(const float* x, int64_t count, int planes, int64_t block, const float* given, int8_t* codes,
+                  int64_t padded, float* scales) {
+  const uint32_t largest = largest_magnitude(x, count);
+  const int64_t blocks = planes == 1 ? 1 : (count + block - 1) / block;
+  for (int p = 0; p < planes; p++) memset(codes + p * padded + count, 0, padded - count);
+  if (given ? largest > 0x7F800000 : largest >= 0x7F800000) {  // a NaN, or no largest magnitude: the row is NaN
+    for (int p = 0; p < planes; p++) memset(codes + p * padded, 0, count);
+    for (int64_t b = 0; b < blocks; b++) scales[b] = float_of(0x7FC00000);
+    return;
+  }
+  if (planes == 1) {
+    const float scale = given ? *given : largest ? float_of(largest) / 127.0f : 1.0f;
+    scales[0] = scale == 0 && !given ? 1.0f : scale;
+    return round_row(x, count, scales[0], codes);
+  }
+  for (int64_t b = 0; b < blocks; b++) {
+    const int64_t start = b * block, size = count - start < block ? count - start : block;
+    const uint32_t magnitude = largest_magnitude(x + start, size);
+    scales[b] = split_block(x + start, size, planes, magnitude, codes + start, padded);
+  }
+}
+
+// Splits pairs as INT4 bytes hold them: even codes (low halves) and odd ones.
+INLINE void split_pairs(const int8_t* codes, int64_t pairs, int8_t* even, int8_t* odd) {
+  for (int64_t i = 0; i < pairs; i++) {
+    even[i] = codes[2 * i];
+    odd[i] = codes[2 * i + 1];
+  }
+}
+
+INLINE int32_t sum_of(const int8_t* codes, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; i++) sum += codes[i];
+  return sum;
+}
+
+void arrange_few(const Weight& w, int planes, const int8_t* natural, int64_t padded, int8_t* codes, int32_t* sums,
+                 int32_t* row_sums) {
+  const int64_t chunk = chunk_of(w, V::BYTES), chunks = (w.in_features + chunk - 1) / chunk;
+  const V::I ones = V::set(0x01010101), offsets = V::set(w.bits == 4 ? 0x08080808 : int32_t(0x80808080));
+  for (int p = 0; p < planes; p++, natural += padded) {
+    row_sums[p] = sum_of(natural, w.in_features);
+    for (int64_t c = 0; c < chunks; c++, codes += chunk, sums += V::LANES) {
+      const int8_t* part = natural + c * chunk;
+      if (w.bits == 4)
+        split_pairs(part, V::BYTES, codes, codes + V::BYTES);
+      else
+        memcpy(codes, part, V::BYTES);
+      if (w.groups == 1 && planes == 1) continue;
+      V::I sum = V::zero();
+      for (int64_t i = 0; i < chunk; i += V::BYTES) V::dot(sum, w.zero ? ones : offsets, V::load(codes + i));
+      V::store(sums, w.zero ? sum : V::sub(V::zero(), sum));
+    }
+  }
+}
+
+template <int TILE>
+void arrange_tile(const Weight& w, int planes, int row, const int8_t* natural, int64_t padded, int8_t* codes,
+                  int32_t* sums) {
+  const int64_t depth = panel_depth(w), length = segment_of(w, planes), segments = segments_of(w, planes);
+  for (int p = 0; p < planes; p++, natural += padded, codes += depth * TILE, sums += segments * TILE) {
+    int32_t* quads = (int32_t*)codes + row;
+    int8_t split[128];
+    for (int64_t k = 0; k < depth; k += 128) {
+      const int n = depth - k < 128 ? int(depth - k) : 128;
+      const int8_t* source = natural + k;
+      if (w.bits == 4) {  // quads of even codes, then of odd ones, for every 8 codes
+        int8_t even[64], odd[64];
+        split_pairs(natural + k, n / 2, even, odd);
+        for (int i = 0; i < n; i += 8) {
+          memcpy(split + i, even + i / 2, 4);
+          memcpy(split + i + 4, odd + i / 2, 4);
+        }
+        source = split;
+      }
+      for (int i = 0; i < n; i += 4) memcpy(quads + (k + i) / 4 * TILE, source + i, 4);
+    }
+    const int32_t factor = w.zero ? 1 : -(1 << (w.bits - 1));
+    for (int64_t i = 0; i < segments; i++) {
+      const int64_t left = w.in_features - i * length;
+      sums[i * TILE + row] = factor * sum_of(natural + i * length, left < length ? left : length);
+    }
+  }
+}
+
+INLINE int zero_point(const Weight& w, int64_t row, int64_t group) {
+  if (!w.zero) return 1 << (w.bits - 1);
+  const uint8_t* packed = w.zero + row * w.zero_bytes;
+  return w.bits == 8 ? packed[group] : packed[group / 2] >> (group % 2 * 4) & 15;
+}
+
+void dequantize_row(const Weight& w, int64_t row, Float type, void* out) {
+  constexpr int PART = 512;
+  const int64_t group = w.in_features / w.groups, size = type == Float::f32 ? 4 : 2;
+  const uint8_t* packed = w.codes + row * w.row_bytes;
+  uint8_t unpacked[PART];
+  float values[PART];
+  for (int64_t start = 0; start < w.in_features; start += PART) {
+    const int n = w.in_features - start < PART ? int(w.in_features - start) : PART;
+    const uint8_t* codes = w.bits == 8 ? packed + start : unpacked;
+    if (w.bits == 4)
+      for (int i = 0; i < (n + 1) / 2; i++) {
+        unpacked[2 * i] = packed[start / 2 + i] & 15;
+        unpacked[2 * i + 1] = packed[start / 2 + i] >> 4;
+      }
+    for (int i = 0; i < n;) {
+      const int64_t g = (start + i) / group, left = (g + 1) * group - start;
+      const int end = left < n ? int(left) : n, zero = zero_point(w, row, g);
+      const float scale = float_of(uint32_t(w.scale[row * w.groups + g]) << 16);
+      for (; i < end; i++) values[i] = float(codes[i] - zero) * scale;
+    }
+    from_float(values, type, n, (char*)out + start * size);
+  }
+}
+
+}  // namespace

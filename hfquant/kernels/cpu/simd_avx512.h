@@ -1,0 +1,85 @@
+// 512-bit vectors with VNNI.
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+struct V {
+  static constexpr int LANES = 16, BYTES = 64, REGISTERS = 32;
+  using I = __m512i;
+  using F = __m512;
+
+  static INLINE I load(const void* p) { return _mm512_loadu_si512(p); }
+  static INLINE I load_partial(const void* p, int64_t bytes) {
+    return _mm512_maskz_loadu_epi8(bytes >= 64 ? ~0ull : (1ull << bytes) - 1, p);
+  }
+  static INLINE void store(void* p, I v) { _mm512_storeu_si512(p, v); }
+  static INLINE I zero() { return _mm512_setzero_si512(); }
+  static INLINE I set(int32_t v) { return _mm512_set1_epi32(v); }
+  static INLINE I quad(const void* p) {
+    int32_t v;
+    memcpy(&v, p, 4);
+    return _mm512_set1_epi32(v);
+  }
+  static INLINE I low(I v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+  static INLINE I high(I v) { return low(_mm512_srli_epi16(v, 4)); }
+  // Inline assembly: with the intrinsic GCC 12 copies accumulators and spills a register tile (2x slower).
+  static INLINE void dot(I& sum, I u8, I s8) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u8), "v"(s8)); }
+  static INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static INLINE I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static INLINE I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static INLINE int32_t total(I v) { return _mm512_reduce_add_epi32(v); }
+
+  static INLINE F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  static INLINE F setf(float v) { return _mm512_set1_ps(v); }
+  static INLINE F zerof() { return _mm512_setzero_ps(); }
+  static INLINE F loadf(const float* p) { return _mm512_loadu_ps(p); }
+  static INLINE void storef(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static INLINE F mulf(F a, F b) { return _mm512_mul_ps(a, b); }
+  static INLINE F addf(F a, F b) { return _mm512_add_ps(a, b); }
+  static INLINE float totalf(F v) { return _mm512_reduce_add_ps(v); }
+
+  // Scale of each lane: lane i takes bfloat16 `p[index[i]]`, with `count` of them in memory.
+  static INLINE F scales(const uint16_t* p, int count, const int32_t* index) {
+    const __m256i raw = _mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p);
+    const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
+    return _mm512_permutexvar_ps(_mm512_loadu_si512(index), _mm512_castsi512_ps(bits));
+  }
+  // Zero point of each lane, likewise from one byte each.
+  static INLINE I zeros(const uint8_t* p, int count, const int32_t* index) {
+    const __m128i raw = _mm_maskz_loadu_epi8((__mmask16)((1u << count) - 1), p);
+    return _mm512_permutexvar_epi32(_mm512_loadu_si512(index), _mm512_cvtepu8_epi32(raw));
+  }
+
+  // Vectors of word j of all 16 rows, for 16 words: what is left of a row behind `bytes` counts as zero.
+  static INLINE void transpose(const uint8_t* p, int64_t stride, const int64_t* rows, int64_t bytes, I out[LANES]) {
+    const __mmask64 mask = bytes >= 64 ? ~0ull : (1ull << bytes) - 1;
+    __m512i r[16], t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi8(mask, p + rows[i] * stride);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+      t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+      t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {  // r[4i + j]: word 4q + j of rows 4i .. 4i + 3, in 128-bit quarter q
+      r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+      r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+      r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+      r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {  // a 4 x 4 transpose of quarters
+      const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+      const __m512i c = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xDD), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xDD);
+      out[j] = _mm512_shuffle_i32x4(a, b, 0x88);
+      out[8 + j] = _mm512_shuffle_i32x4(a, b, 0xDD);
+      out[4 + j] = _mm512_shuffle_i32x4(c, d, 0x88);
+      out[12 + j] = _mm512_shuffle_i32x4(c, d, 0xDD);
+    }
+  }
+  static INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+};
+
+}  // namespace

@@ -1,0 +1,85 @@
+// Plain C++ with the same interface as the vector headers: four lanes, on any processor.
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+struct V {
+  static constexpr int LANES = 4, BYTES = 16, REGISTERS = 16;
+  struct I {
+    int32_t v[LANES];
+  };
+  struct F {
+    float v[LANES];
+  };
+
+#define LANEWISE(RESULT, EXPRESSION)                        \
+  {                                                         \
+    RESULT out;                                             \
+    for (int i = 0; i < LANES; i++) out.v[i] = EXPRESSION;  \
+    return out;                                             \
+  }
+  static INLINE I load(const void* p) {
+    I out;
+    memcpy(out.v, p, BYTES);
+    return out;
+  }
+  static INLINE I load_partial(const void* p, int64_t bytes) {
+    I out = {};
+    memcpy(out.v, p, bytes < BYTES ? bytes : BYTES);
+    return out;
+  }
+  static INLINE void store(void* p, I v) { memcpy(p, v.v, BYTES); }
+  static INLINE I zero() { return {}; }
+  static INLINE I set(int32_t v) LANEWISE(I, v)
+  static INLINE I quad(const void* p) {
+    int32_t v;
+    memcpy(&v, p, 4);
+    return set(v);
+  }
+  static INLINE I low(I v) LANEWISE(I, v.v[i] & 0x0F0F0F0F)
+  static INLINE I high(I v) LANEWISE(I, (v.v[i] >> 4) & 0x0F0F0F0F)
+  static INLINE void dot(I& sum, I u8, I s8) {
+    uint8_t u[BYTES];
+    int8_t s[BYTES];
+    memcpy(u, u8.v, BYTES);
+    memcpy(s, s8.v, BYTES);
+    for (int i = 0; i < LANES; i++)
+      for (int j = 0; j < 4; j++) sum.v[i] = wrap(int64_t(sum.v[i]) + u[4 * i + j] * s[4 * i + j]);
+  }
+  // Partial sums may leave int32 and come back, as in the vector instructions.
+  static INLINE int32_t wrap(int64_t v) { return int32_t(uint32_t(uint64_t(v))); }
+  static INLINE I add(I a, I b) LANEWISE(I, wrap(int64_t(a.v[i]) + b.v[i]))
+  static INLINE I sub(I a, I b) LANEWISE(I, wrap(int64_t(a.v[i]) - b.v[i]))
+  static INLINE I mul(I a, I b) LANEWISE(I, wrap(int64_t(a.v[i]) * b.v[i]))
+  static INLINE int32_t total(I v) { return wrap(int64_t(v.v[0]) + v.v[1] + v.v[2] + v.v[3]); }
+
+  static INLINE F to_float(I v) LANEWISE(F, float(v.v[i]))
+  static INLINE F setf(float v) LANEWISE(F, v)
+  static INLINE F zerof() { return {}; }
+  static INLINE F loadf(const float* p) LANEWISE(F, p[i])
+  static INLINE void storef(float* p, F v) { memcpy(p, v.v, BYTES); }
+  static INLINE F fma(F a, F b, F c) LANEWISE(F, a.v[i] * b.v[i] + c.v[i])
+  static INLINE F mulf(F a, F b) LANEWISE(F, a.v[i] * b.v[i])
+  static INLINE F addf(F a, F b) LANEWISE(F, a.v[i] + b.v[i])
+  static INLINE float totalf(F v) { return (v.v[0] + v.v[1]) + (v.v[2] + v.v[3]); }
+
+  static INLINE float bfloat(uint16_t bits) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float out;
+    memcpy(&out, &wide, 4);
+    return out;
+  }
+  static INLINE F scales(const uint16_t* p, int, const int32_t* index) LANEWISE(F, bfloat(p[index[i]]))
+  static INLINE I zeros(const uint8_t* p, int, const int32_t* index) LANEWISE(I, p[index[i]])
+
+  static INLINE void transpose(const uint8_t* p, int64_t stride, const int64_t* rows, int64_t bytes, I out[LANES]) {
+    for (int i = 0; i < LANES; i++) {
+      const I row = load_partial(p + rows[i] * stride, bytes);
+      for (int j = 0; j < LANES; j++) out[j].v[i] = row.v[j];
+    }
+  }
+  static INLINE void prefetch(const void*) {}
+#undef LANEWISE
+};
+
+}  // namespace

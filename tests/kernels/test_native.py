@@ -1,0 +1,184 @@
+"""Every instruction set this machine has, against the reference: exact for integers, within the policy for floats."""
+
+import copy
+import multiprocessing
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hfquant.errors import KernelError
+from hfquant.kernels import native
+from hfquant.kernels.dequantize import dequantize_weight
+from hfquant.kernels.dispatch import choices
+from hfquant.kernels.int8_linear.reference import quant_linear_reference
+from hfquant.kernels.quantize_rows import quantize_rows
+from hfquant.kernels.quantize_rows.reference import quantize_rows_reference
+from hfquant.numerics.affine import scale_to_bits
+from tests.support.linear_case import DTYPES, KINDS, LinearCase
+from tests.support.packed import pack_
+from tests.support.tolerance import assert_close
+
+
+SETS = [name for name, usable in native.instruction_sets().items() if usable]
+pytestmark = pytest.mark.skipif(not SETS, reason="the native kernels are not built")
+
+ROWS = [1, 2, 3, 5, 8, 9, 13, 40]
+SHAPES = [(64, 3), (100, 1), (97, 33), (576, 65), (1025, 31)]
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request: pytest.FixtureRequest) -> object:
+    with native.selected(request.param):
+        yield request.param
+
+
+def reference(case: LinearCase, x: Tensor, kind: str, bias: Tensor | None) -> Tensor:
+    given = case.arguments(kind)
+    scale, dynamic = given.get("input_scale"), given.get("dynamic", False)
+    return quant_linear_reference(x, *case.packed, scale, bias, dynamic, bits=case.bits)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integer_layers_are_the_reference_bit_for_bit(bits: int, m: int, kind: str) -> None:
+    for k, n in SHAPES:
+        for dtype in DTYPES:
+            case = LinearCase(m, k, n, bits, None, True, dtype)
+            assert torch.equal(case.run(case.x, kind, bias=case.bias), reference(case, case.x, kind, case.bias))
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", [1, 2, 4, 7, 13, 26])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_of_any_size(bits: int, symmetric: bool, m: int, kind: str) -> None:
+    for k, n, group in ((64, 5, 16), (96, 33, 32), (192, 40, 64), (288, 7, 96), (512, 9, 256), (97, 34, None)):
+        for dtype in DTYPES:
+            case = LinearCase(m, k, n, bits, group, symmetric, dtype)
+            assert_close(case.run(case.x, kind, bias=case.bias), case.oracle(kind), case.plain(kind))
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("value", [-128, 127])
+def test_the_largest_sums_are_exact(value: int) -> None:
+    for k, m in ((65_536, 1), (65_536, 13), (2048, 5)):
+        case = LinearCase(m, k, 3, 8)
+        case.codes.fill_(value)
+        case.packed = (torch.full_like(case.packed[0], 0 if value < 0 else -1), *case.packed[1:])
+        x = torch.full((m, k), -300.0) * float(case.input_scale)  # saturates at -128
+        assert torch.equal(case.run(x, "static"), reference(case, x, "static", None))
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codes_of_activations_are_exact(dtype: torch.dtype) -> None:
+    halves = torch.arange(-130, 130).repeat(2).float() / 2  # ties
+    rows = [halves * 2.0**e for e in (-130, -100, 0, 3, 100) if dtype == torch.float32 or e in (0, 3)]
+    x = torch.stack([*rows, torch.randn(520) * 3, torch.zeros(520)]).to(dtype)
+    for scale in (None, torch.tensor([0.5]), torch.tensor([3e-5])):
+        found, expected = quantize_rows(x, scale), quantize_rows_reference(x, scale)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1].expand_as(found[1]))
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_code_dequantizes_exactly(bits: int) -> None:
+    case = LinearCase(1, 520, 67, bits, 8, False)
+    for dtype in DTYPES:
+        found = dequantize_weight(*case.packed, bits=bits, in_features=520, dtype=dtype)
+        assert torch.equal(found, case.weight.float().to(dtype))
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_nan_scales_give_nan() -> None:
+    case = LinearCase(3, 64, 5, 8)
+    unfilled = scale_to_bits(torch.full((5, 1), torch.nan))
+    for kind in KINDS:
+        case.packed = (case.packed[0], unfilled, None)
+        assert bool(case.run(case.x, kind).isnan().all())
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    case = LinearCase(33, 576, 700, 4, 32)
+    expected = [case.run(case.x[:m], kind) for m in (1, 33) for kind in KINDS]
+    torch.set_num_threads(2)
+    try:
+        found = [case.run(case.x[:m], kind) for m in (1, 33) for kind in KINDS]
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_threads_share_the_kernels() -> None:
+    case, wrong = LinearCase(3, 576, 100, 4, 32), []
+    expected = case.run(case.x, "dynamic")
+
+    def work() -> None:
+        for _ in range(50):
+            if not torch.equal(case.run(case.x, "dynamic"), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def _in_child(case: LinearCase, expected: Tensor) -> None:
+    sys.exit(0 if torch.equal(case.run(case.x, "dynamic"), expected) else 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_process_computes_the_same() -> None:
+    case = LinearCase(3, 576, 100, 4, 32)
+    child = multiprocessing.get_context("fork").Process(target=_in_child, args=(case, case.run(case.x, "dynamic")))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scheme", ["int4-g16", "int8-channel", "int4-channel-asym"])
+def test_a_layer_stays_close_to_the_restored_one(scheme: str, dtype: torch.dtype) -> None:
+    module = pack_(nn.Linear(96, 40).to(dtype), scheme)
+    x = torch.randn(5, 96).to(dtype)
+    found, plain = module(x), copy.deepcopy(module)
+    plain.restore_()
+    oracle = x.double() @ plain.weight.double().t() + plain.bias.double()
+    assert_close(found, oracle, plain(x))
+
+
+def test_what_is_not_native_goes_to_the_reference() -> None:
+    case = LinearCase(3, 60, 5, 4, 4)  # groups of 4 do not fill a lane of 8 codes
+    assert_close(case.run(case.x, "dynamic", bias=case.bias), case.oracle("dynamic"), case.plain("dynamic"))
+    assert case.run(case.x.double(), "weight_only").dtype == torch.float64
+
+
+def test_the_table_says_what_runs() -> None:
+    def linear() -> str:
+        return next(c.implementation for c in choices() if (c.op, c.device) == ("int8_linear", "cpu"))
+
+    assert linear() == "native"
+    with native.selected("reference"):
+        assert linear() == "reference"
+    with pytest.raises(KernelError, match="HFQUANT_KERNELS=sse9: this machine and build have .*scalar"):
+        native.select("sse9")
+
+
+def test_the_environment_chooses() -> None:
+    program = "from hfquant.kernels import native; print(native.name(), native.reason())"
+    for choice, expected in (("scalar", "scalar chosen in place of"), ("reference", "native switched off")):
+        done = subprocess.run(
+            [sys.executable, "-c", program], env={"HFQUANT_KERNELS": choice}, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.startswith(expected)
