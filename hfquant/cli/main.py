@@ -11,6 +11,7 @@ from hfquant.cli.info import info
 from hfquant.cli.kernels import kernels
 from hfquant.cli.output import reporting_errors
 from hfquant.cli.quantize import quantize
+from hfquant.cli.train import train
 
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -20,6 +21,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "dequantize": dequantize,
     "kernels": kernels,
+    "train": train,
 }
 
 app = typer.Typer(

@@ -36,3 +36,11 @@ def test_gpu_benchmark_up_to_the_first_call_to_cuda(
     assert len(rows) > 50
     assert all(row["ok"] for row in rows), [row["check"] for row in rows if not row["ok"]]
     assert gpu.table([{"N": 1, "us": 2.5}]) == "| N | us |\n| --- | --- |\n| 1 | 2.50 |"
+def test_qat_at_smoke_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("qat", BENCHMARKS / "qat.py")
+    qat = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(qat)
+    results = qat.main(["--smoke", "--threads", "1"])
+    assert all(results[arm] > 0 for arm in ("ptq", "qat-full", "qat-lora"))
+    assert results["cost"]["peak_bytes"] > 0

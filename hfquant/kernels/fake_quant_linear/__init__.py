@@ -61,7 +61,7 @@ def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *rest
     adapted = needs_weight and lora_a is not None
     return (
         x.new_empty(x.shape) if needs_x else empty,
-        weight.new_empty(weight.shape if needs_weight and not adapted else 0),
+        weight.new_empty(weight.shape if needs_weight else 0),
         scale.new_empty(scale.shape, dtype=wide) if needs_weight else empty,
         lora_a.new_empty(lora_a.shape, dtype=wide) if adapted else empty,
         lora_b.new_empty(lora_b.shape, dtype=wide) if adapted else empty,

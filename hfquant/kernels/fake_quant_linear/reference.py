@@ -77,8 +77,7 @@ def fake_quant_linear_backward_reference(
             if lora_a is not None and lora_b is not None:
                 grad_a = (lora_b.t().to(wide) @ grad_weight).mul_(lora_factor)
                 grad_b = (grad_weight @ lora_a.t().to(wide)).mul_(lora_factor)
-                grad_weight = empty
-    grad_weight = grad_weight.to(weight.dtype)
+            grad_weight = grad_weight.to(weight.dtype)
     return grad_x, grad_weight, grad_scale, grad_a, grad_b, grad_input_scale
 
 
