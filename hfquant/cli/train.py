@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -30,28 +30,11 @@ def train(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train MODEL on a text as CONFIG says; with quantization_mode ptq or qat the result is quantized."""
-    # Transformers' Trainer takes over a second to import; the other verbs do not wait for it.
-    from hfquant.training.config import TrainingConfig, read_yaml
-    from hfquant.training.trainer import QuantTrainer
-
-    fields = read_yaml(config)
-    run = {name: fields.pop(name) for name in RUN_FIELDS if name in fields}
     given = {"model": model, "text": text, "output": output, "context": context}
-    run |= {name: value for name, value in given.items() if value is not None}
-    for name in ("model", "text", "output"):
-        if name not in run:
-            raise ConfigError(f"{config}: {name} is not set; set it there, or pass --{name}")
+    run, fields = read_run(config, {name: value for name, value in given.items() if value is not None})
     target = check_output(Path(run["output"]), run["model"], overwrite=overwrite)
     # Checkpoints go beside the result, which is written at once when all is done.
-    fields.setdefault("output_dir", f"{target}-checkpoints")
-    fields.setdefault("report_to", "none")
-    args = TrainingConfig.from_fields(fields, where=str(config))
-    tokenizer = load_tokenizer(run["model"])
-    dataset = examples(text_tokens(tokenizer, read_text(Path(run["text"]))), int(run.get("context", 512)))
-    loaded = load_model(run["model"], dtype=run.get("dtype", "float32"))
-    if not loaded.can_generate():
-        raise ConfigError(f"{run['model']} is a {type(loaded).__name__}; expected a causal language model")
-    trainer = QuantTrainer(model=loaded, args=args, train_dataset=dataset)
+    trainer = make_trainer(run, {"output_dir": f"{target}-checkpoints", "report_to": "none"} | fields, str(config))
     started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=resume or None)
     with staged_folder(target) as folder:
@@ -59,14 +42,49 @@ def train(
         (folder / "training_args.bin").unlink(missing_ok=True)
         copy_companion_files(run["model"], folder)
     summary = {
-        "mode": args.quantization_mode,
+        "mode": trainer.args.quantization_mode,
         "steps": trainer.state.global_step,
         "train_loss": result.training_loss,
-        "examples": len(dataset),
         "file_bytes": folder_bytes(target),
         "seconds": time.perf_counter() - started,
     }
     print_result(summary, as_json=json, title=f"{run['model']} -> {target}")
+
+
+def read_run(config: Path, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What to run, from the config file and what is ``given`` beside it, and the fields of ``TrainingConfig``.
+
+    Raises:
+        ConfigError: If the file cannot be read, or model, text or output is set nowhere.
+    """
+    from hfquant.training.config import read_yaml
+
+    fields = read_yaml(config)
+    run = {name: fields.pop(name) for name in RUN_FIELDS if name in fields} | given
+    for name in ("model", "text", "output"):
+        if name not in run:
+            raise ConfigError(f"{config}: {name} is not set; set it there, or pass --{name}")
+    return run, fields
+
+
+def make_trainer(run: dict[str, Any], fields: dict[str, Any], where: str) -> Any:
+    """A ``QuantTrainer`` for the model and the text of ``run``.
+
+    Raises:
+        ConfigError: If a field is wrong, or the model is no causal language model.
+        CalibrationError: If the text is too short.
+    """
+    # Transformers' Trainer takes over a second to import; the other verbs do not wait for it.
+    from hfquant.training.config import TrainingConfig
+    from hfquant.training.trainer import QuantTrainer
+
+    args = TrainingConfig.from_fields(fields, where=where)
+    tokenizer = load_tokenizer(run["model"])
+    dataset = examples(text_tokens(tokenizer, read_text(Path(run["text"]))), int(run.get("context", 512)))
+    model = load_model(run["model"], dtype=run.get("dtype", "float32"))
+    if not model.can_generate():
+        raise ConfigError(f"{run['model']} is a {type(model).__name__}; expected a causal language model")
+    return QuantTrainer(model=model, args=args, train_dataset=dataset)
 
 
 def examples(ids: Tensor, context: int) -> list[dict[str, Tensor]]:

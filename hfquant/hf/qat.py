@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -17,8 +17,12 @@ from hfquant.hf.quantize import _attach, _check_calibration_data, _check_is_floa
 from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.hf.roles import model_roles
 from hfquant.nn.fake_quant_module import SHARED_SUFFIXES, Adapter
+from hfquant.numerics.packing import PackedWeight
+from hfquant.ptq.calibrate import run_batch
+from hfquant.ptq.quantize_weight import quantize_weight
 from hfquant.qat.convert import convert_modules_, converted
 from hfquant.qat.prepare import fake_quant_modules, observe_input_scales_, prepare_modules_
+from hfquant.schemes import WeightScheme
 
 
 logger = logging.get_logger(__name__)
@@ -101,13 +105,28 @@ def prepare_model_qat(
     _check_calibration_data(calibration_data, static=static, config=config)
     if all(scheme.weight.bits == 8 for scheme in schemes):
         logger.info("hfquant: INT8 loses so little that quantization-aware training rarely pays; compare with PTQ")
-    roles = model_roles(model)
+    _swap(model, quantizer, variant, adapter, progress=progress)
+    if static:
+        assert calibration_data is not None
+        observe_input_scales_(model, calibration_data, run_batch, progress=progress)
+    check_something_trains(model)
+    return model
+
+
+def _swap(
+    model: nn.Module, quantizer: HfQuantQuantizer, variant: str, adapter: Adapter | None, *, progress: bool
+) -> None:
+    roles, algorithm = model_roles(model), quantizer.quantization_config.resolved_algorithm
     if adapter is not None:
         model.requires_grad_(False)
+
+    def initial_scales(weight: Tensor, scheme: WeightScheme, name: str) -> PackedWeight:
+        return quantize_weight(weight, scheme, algorithm=algorithm, name=name).packed
+
     prepare_modules_(
         model,
         quantizer.selection,
-        algorithm=config.resolved_algorithm,
+        initial_scales=initial_scales,
         adapter=adapter,
         without_adapter=roles.embeddings | roles.heads,
         progress=progress,
@@ -115,11 +134,6 @@ def prepare_model_qat(
     quantizer.prepared_for_qat = True
     model.__dict__[STATE] = QatState(quantizer, variant, adapter)
     _tie_grids(model, quantizer.selection.ties)
-    if static:
-        assert calibration_data is not None
-        observe_input_scales_(model, calibration_data, progress=progress)
-    check_something_trains(model)
-    return model
 
 
 def _adapter(variant: str, rank: int, alpha: float | None) -> Adapter | None:

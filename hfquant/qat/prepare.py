@@ -1,6 +1,6 @@
 """A float model to one that trains for its grid, and what the training loop switches in it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,9 +21,12 @@ from hfquant.nn.quant_linear import QuantLinear
 from hfquant.nn.select import Selection, packed_class
 from hfquant.numerics.affine import round_scale
 from hfquant.numerics.observers import AbsMaxObserver
-from hfquant.ptq.calibrate import run_batch
-from hfquant.ptq.quantize_weight import quantize_weight
+from hfquant.numerics.packing import PackedWeight
+from hfquant.schemes import WeightScheme
 
+
+InitialScales = Callable[[Tensor, WeightScheme, str], PackedWeight]
+"""From weight ``[..., N, K]``, scheme and name to a packed weight, whose scales training starts from."""
 
 TRAINED_AS: dict[type[PackedModule], type[FakeQuantModule]] = {
     QuantLinear: FakeQuantLinear,
@@ -44,7 +47,7 @@ def prepare_modules_(
     model: nn.Module,
     selection: Selection,
     *,
-    algorithm: str,
+    initial_scales: InitialScales,
     adapter: Adapter | None = None,
     without_adapter: Iterable[str] = (),
     progress: bool = True,
@@ -54,7 +57,7 @@ def prepare_modules_(
     Args:
         model: Float model in memory.
         selection: What will be quantized, and how.
-        algorithm: What chooses the scales to start from.
+        initial_scales: What chooses the scales to start from.
         adapter: Give linear weights an adapter inside the rounding.
         without_adapter: Modules that get none: embeddings and heads.
         progress: Show a progress bar.
@@ -69,9 +72,7 @@ def prepare_modules_(
         assert target is not None
         weights = target.weights_of(module)
         initial = {
-            key: quantize_weight(
-                weight.to_rows(module.get_parameter(key)), scheme.weight, algorithm=algorithm, name=f"{name}.{key}"
-            ).packed
+            key: initial_scales(weight.to_rows(module.get_parameter(key)), scheme.weight, f"{name}.{key}")
             for key, weight in weights.items()
         }
         own = None if name in without_adapter else adapter
@@ -86,7 +87,9 @@ def prepare_modules_(
 
 
 @torch.no_grad()
-def observe_input_scales_(model: nn.Module, batches: Iterable[Any], *, progress: bool = True) -> None:
+def observe_input_scales_(
+    model: nn.Module, batches: Iterable[Any], run: Callable[[nn.Module, Any], None], *, progress: bool = True
+) -> None:
     """Run ``batches`` through ``model`` and start every static activation scale from the largest magnitude seen.
 
     Nothing is left to observe while training, where a checkpointed layer runs twice. In a distributed run each process
@@ -95,6 +98,7 @@ def observe_input_scales_(model: nn.Module, batches: Iterable[Any], *, progress:
     Args:
         model: Prepared model; weights are quantized meanwhile, activations are not.
         batches: What the model takes, as for ``quantize_model_ptq``.
+        run: Calls the model with one of them.
         progress: Show a progress bar.
 
     Raises:
@@ -107,7 +111,10 @@ def observe_input_scales_(model: nn.Module, batches: Iterable[Any], *, progress:
     try:
         for name, module in static.items():
             module.input_observer = partial(_observe, name, observers)
-        count = sum(_run(model, batch) for batch in tqdm(batches, desc="Observing", unit="batch", disable=not progress))
+        count = 0
+        for batch in tqdm(batches, desc="Observing", unit="batch", disable=not progress):
+            run(model, batch)
+            count += 1
     finally:
         for module in static.values():
             module.input_observer = None
@@ -129,11 +136,6 @@ def _observe(name: str, observers: dict[tuple[str, str], AbsMaxObserver], key: s
         observers[name, key].observe(x)
     except CalibrationError as error:
         raise CalibrationError(f"{name}: {error}; check the model and the calibration data") from None
-
-
-def _run(model: nn.Module, batch: Any) -> int:
-    run_batch(model, batch)
-    return 1
 
 
 def _maximum_over_processes(values: Tensor, device: torch.device) -> Tensor:
