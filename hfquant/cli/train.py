@@ -1,6 +1,8 @@
 """``hfquant train``: train a language model on a text, with or without quantization, and save it."""
 
+import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +38,8 @@ def train(
     # Checkpoints go beside the result, which is written at once when all is done.
     trainer = make_trainer(run, {"output_dir": f"{target}-checkpoints", "report_to": "none"} | fields, str(config))
     started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=resume or None)
+    with redirect_stdout(sys.stderr):  # the Trainer prints its logs; stdout is for the result
+        result = trainer.train(resume_from_checkpoint=resume or None)
     with staged_folder(target) as folder:
         trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)
