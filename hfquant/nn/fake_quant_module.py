@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from hfquant.errors import KernelError
-from hfquant.kernels.fake_quant_linear import GridWeight
+from hfquant.kernels.fake_quant_linear import GridWeight, learned_scale_from_bits
 from hfquant.kernels.fake_quant_linear.reference import adapted_weight
 from hfquant.nn.packed_module import FloatWeight
 from hfquant.numerics.affine import scale_from_bits, scale_to_bits
 from hfquant.numerics.packing import PackedWeight, pack, unpack
-from hfquant.numerics.straight_through import learned_scale, row_codes
+from hfquant.numerics.straight_through import row_codes
 from hfquant.schemes import LayerScheme
 
 
@@ -158,16 +158,17 @@ class FakeQuantModule(nn.Module):
         """Forget kept codes; for optimizers that change parameters behind autograd's back."""
         self._kept = {}
 
-    @torch.no_grad()
     def scale(self, name: str = "weight") -> Tensor:
         """Scales of the current state ``[..., N, K // G]``, float32."""
-        return _scale(self.beside(name, "initial_scale"), self.beside(name, "log_scale"))
+        initial, log_scale = self.beside(name, "initial_scale"), self.beside(name, "log_scale")
+        assert initial is not None
+        assert log_scale is not None
+        return learned_scale_from_bits(initial, log_scale)
 
-    @torch.no_grad()
     def input_scale(self, name: str = "weight") -> Tensor | None:
         """Static activation scale of the current state ``[1]``, float32; ``None`` for other schemes."""
-        initial = self.beside(name, "input_initial_scale")
-        return None if initial is None else _scale(initial, self.beside(name, "input_log_scale"))
+        initial, log_scale = self.beside(name, "input_initial_scale"), self.beside(name, "input_log_scale")
+        return None if initial is None or log_scale is None else learned_scale_from_bits(initial, log_scale)
 
     def set_input_scale(self, scale: Tensor, name: str = "weight") -> None:
         """Start from the static activation ``scale [1]`` (float32); the scheme must be static."""
@@ -233,9 +234,3 @@ class FakeQuantModule(nn.Module):
         """The float module's description, and the scheme it is trained for."""
         original: Any = self.float_class.extra_repr
         return ", ".join(filter(None, (original(self), f"training for scheme={self.scheme}")))
-
-
-def _scale(initial_bits: Tensor | None, log_scale: Tensor | None) -> Tensor:
-    assert initial_bits is not None
-    assert log_scale is not None
-    return learned_scale(initial_bits.view(torch.float32), log_scale)

@@ -140,3 +140,21 @@ def test_codes_that_are_kept_change_nothing_and_follow_the_optimizer() -> None:
             optimizer.zero_grad()
     assert torch.equal(plain(ids), kept(ids))
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), kept.parameters(), strict=True))
+
+
+def test_a_compiled_model_trains_on_the_same_codes() -> None:
+    losses, codes = [], []
+    for compiled in (False, True):
+        model, ids = trained(1, 4, "weight_only", torch.float32)
+        model.train()
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            loss = run(ids).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())
+        codes.append([module.codes() for _, module in fake_quant_modules(model)])
+    assert torch.equal(*losses)
+    assert all(torch.equal(a, b) for a, b in zip(*codes, strict=True))

@@ -12,6 +12,7 @@ from hfquant.kernels.dispatch import define_op, register_autograd
 from hfquant.kernels.fake_quant_linear.reference import (
     fake_quant_linear_backward_reference,
     fake_quant_linear_reference,
+    learned_scale_reference,
 )
 
 
@@ -71,6 +72,11 @@ def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *rest
     )
 
 
+define_op(
+    "learned_scale(Tensor initial_bits, Tensor log_scale) -> Tensor",
+    reference=learned_scale_reference,
+    fake=lambda initial_bits, log_scale: initial_bits.new_empty(initial_bits.shape, dtype=torch.float32),
+)
 define_op(f"fake_quant_linear({_GRID}) -> Tensor", reference=fake_quant_linear_reference, fake=_fake)
 define_op(
     "fake_quant_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, "
@@ -104,6 +110,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 register_autograd("fake_quant_linear", _backward, _setup_context)
+
+
+def learned_scale_from_bits(initial_bits: Tensor, log_scale: Tensor) -> Tensor:
+    """``learned_scale`` of scales kept as bit patterns, out of reach of a compiler, whose ``exp`` could differ.
+
+    Args:
+        initial_bits: Bit patterns of float32 scales ``[...]``, int32.
+        log_scale: ``u`` ``[...]``, float32.
+
+    Returns:
+        Scales ``[...]``, float32, without a gradient: that of ``u`` comes from the op that uses them.
+    """
+    with torch.no_grad():
+        out: Tensor = torch.ops.hfquant.learned_scale(initial_bits, log_scale)
+    return out
 
 
 def fake_quant_linear(

@@ -6,7 +6,18 @@ from torch.nn.functional import linear
 
 from hfquant.kernels.int8_linear.reference import linear_on_codes
 from hfquant.kernels.quantize_rows.reference import quantize_rows_reference
-from hfquant.numerics.straight_through import activation_gradients, row_codes, row_values, weight_gradients
+from hfquant.numerics.straight_through import (
+    activation_gradients,
+    learned_scale,
+    row_codes,
+    row_values,
+    weight_gradients,
+)
+
+
+def learned_scale_reference(initial_bits: Tensor, log_scale: Tensor) -> Tensor:
+    """See ``hfquant.kernels.fake_quant_linear.learned_scale_from_bits``."""
+    return learned_scale(initial_bits.view(torch.float32), log_scale)
 
 
 def fake_quant_linear_reference(
