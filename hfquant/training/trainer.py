@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hfquant.errors import ConfigError, FormatError
 from hfquant.formats.headers import read_headers
+from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.qat import converted_model, prepare_model_qat, qat_state
 from hfquant.hf.quantize import quantize_model_ptq
 from hfquant.qat.distill import distillation_loss, teacher_copy
@@ -65,14 +66,13 @@ class QuantTrainer(Trainer):
             if args.distillation_weight and args.qat_variant == "full" and self._teacher is None:
                 self._teacher = teacher_copy(model)
             config = args.quantization_config()
-            static = "static" in str(config.resolve())
             prepare_model_qat(
                 model,
                 config,
                 variant=args.qat_variant,
                 adapter_rank=args.adapter_rank,
                 adapter_alpha=args.adapter_alpha,
-                calibration_data=self._calibration_batches() if static else None,
+                calibration_data=self._calibration_batches() if _is_static(config) else None,
                 progress=not args.disable_tqdm,
             )
         if self._teacher is not None:
@@ -116,7 +116,7 @@ class QuantTrainer(Trainer):
         result = super().train(*args, **kwargs)
         if self._mode == "ptq":
             config = self.args.quantization_config()
-            data = self._calibration_batches() if "static" in str(config.resolve()) else None
+            data = self._calibration_batches() if _is_static(config) else None
             quantize_model_ptq(self.model, config, calibration_data=data, progress=not self.args.disable_tqdm)
         return result
 
@@ -225,6 +225,11 @@ class QuantTrainer(Trainer):
         if state is not None:
             _check_names(Path(resume_from_checkpoint), self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def _is_static(config: HfQuantConfig) -> bool:
+    settings = config.resolve()
+    return "static" in (settings.quantization_type, *(override.quantization_type for override in settings.overrides))
 
 
 def _check_names(folder: Path, model: nn.Module) -> None:
