@@ -244,6 +244,6 @@ def is_supported(weight: FloatWeight, scheme: WeightScheme) -> bool:
 def autocast_input(x: Tensor) -> Tensor:
     """``x`` in the dtype of autocast where it is on, as the input of a float linear layer would be."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(kind))
