@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hfquant.kernels.fake_quant_linear import GridWeight, fake_quant_linear
@@ -18,6 +19,7 @@ class FakeQuantExperts(FakeQuantModule):
 
     _grids: dict[str, list[GridWeight]]
     _expert = QuantExperts._expert
+    _sorted_by_expert = QuantExperts._sorted_by_expert
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of the chosen experts; see ``QuantExperts.forward``."""
@@ -31,7 +33,13 @@ class FakeQuantExperts(FakeQuantModule):
         finally:
             self._grids = {}
 
-    def _linear(self, name: str, expert: int, x: Tensor) -> Tensor:
+    def _linear(self, name: str, expert: int | Tensor, x: Tensor) -> Tensor:
+        if isinstance(expert, Tensor):  # the ends of the rows of every expert; rows behind the last have none
+            ends = [0, *expert.tolist()]
+            spans = [(e, slice(*span)) for e, span in enumerate(zip(ends, ends[1:], strict=False)) if span[0] < span[1]]
+            parts = [self._linear(name, e, x[rows]) for e, rows in spans]
+            rest = x.new_zeros(x.shape[0] - ends[-1], self.float_weights[name].shape[-2])
+            return torch.cat([*parts, rest.to(parts[0].dtype if parts else x.dtype)])
         x, bias = autocast_input(x), self._parameters.get(f"{name}_bias")
         return fake_quant_linear(
             x,

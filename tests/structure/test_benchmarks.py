@@ -36,6 +36,8 @@ def test_gpu_benchmark_up_to_the_first_call_to_cuda(
     assert len(rows) > 50
     assert all(row["ok"] for row in rows), [row["check"] for row in rows if not row["ok"]]
     assert gpu.table([{"N": 1, "us": 2.5}]) == "| N | us |\n| --- | --- |\n| 1 | 2.50 |"
+
+
 def test_qat_at_smoke_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location("qat", BENCHMARKS / "qat.py")
