@@ -14,6 +14,7 @@ from hfquant.cli.kernels import kernels
 from hfquant.cli.output import reporting_errors
 from hfquant.cli.push import push
 from hfquant.cli.quantize import quantize
+from hfquant.cli.train import train
 from hfquant.cli.verify import verify
 
 
@@ -28,6 +29,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "import": import_checkpoint,
     "verify": verify,
     "push": push,
+    "train": train,
 }
 
 app = typer.Typer(

@@ -37,7 +37,7 @@ OVERRIDE_CHOICES: dict[str, tuple[Any, ...]] = {
 """The same for the fields of one entry of ``overrides``; ``group_size`` is allowed there too."""
 
 USER_FIELDS = (*CHOICES, "group_size", "skip_modules", "overrides")
-RECORD_FIELDS = ("quant_method", "format_version", "hfquant_version", "modules", "save_id")
+RECORD_FIELDS = ("quant_method", "format_version", "hfquant_version", "modules", "save_id", "quantization_mode")
 LOAD_ONLY_FIELDS = ("dequantize", "strict")
 
 
@@ -104,6 +104,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.format_version: Any = record.pop("format_version", FORMAT_VERSION)
         self.hfquant_version: Any = record.pop("hfquant_version", None)
         self.save_id: Any = record.pop("save_id", None)
+        self.quantization_mode: str | None = record.pop("quantization_mode", None)
         self.requested: dict[str, Any] = {}
         _refuse_unknown(record)
         self.check()

@@ -74,7 +74,7 @@ class QuantizationInfo:
 
     Attributes:
         is_quantized: Whether hfquant quantized the model.
-        quantization_mode: ``"ptq"``, or ``None`` if not quantized.
+        quantization_mode: ``"ptq"`` or ``"qat"``; ``None`` if not quantized.
         quantization_bits: Bits of the linear weights, unless overridden.
         quantization_type: Of their activations, unless overridden.
         algorithm: What chose the scales.
@@ -148,7 +148,7 @@ def get_quantization_info(model: nn.Module) -> QuantizationInfo:
     settings = config.resolve()
     return QuantizationInfo(
         is_quantized=True,
-        quantization_mode="ptq",
+        quantization_mode=config.quantization_mode or "ptq",
         quantization_bits=settings.bits,
         quantization_type=settings.quantization_type,
         algorithm=config.resolved_algorithm,

@@ -79,6 +79,7 @@ def quantize_model_ptq(
     if static:
         assert calibration_data is not None
         calibrate_input_scales_(model, calibration_data, progress=progress)
+    config.quantization_mode = None  # whatever the config was made for before
     config.freeze({name: str(scheme) for name, scheme in selection.schemes.items()}, version("hfquant"))
     quantizer.pre_quantized = True
     _attach(model, quantizer, selection)

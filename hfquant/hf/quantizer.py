@@ -72,6 +72,7 @@ class HfQuantQuantizer(HfQuantizer):
         self.selection = Selection()
         self.error: HfQuantError | None = None
         self.filled: set[str] = set()
+        self.prepared_for_qat = False
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse to quantize on the fly to disk: Transformers would read the float file again.
@@ -229,8 +230,8 @@ class HfQuantQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Packed integers themselves do not train."""
-        return False
+        """Whether the model it belongs to is prepared for it; packed integers themselves do not train."""
+        return self.prepared_for_qat
 
     @property
     def is_compileable(self) -> bool:

@@ -239,3 +239,11 @@ def _unfilled(dtype: torch.dtype, shape: torch.Size, device: torch.device) -> Te
 def is_supported(weight: FloatWeight, scheme: WeightScheme) -> bool:
     """Whether the packed shape differs from the float one, so that neither is ever taken for the other."""
     return weight.numel > 0 and packed_length(weight.in_features, scheme.bits) != weight.in_features
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """``x`` in the dtype of autocast where it is on, as the input of a float linear layer would be."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))

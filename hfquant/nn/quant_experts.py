@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hfquant.kernels.expert_linear import expert_linear
-from hfquant.nn.packed_module import FloatWeight, PackedModule
+from hfquant.nn.packed_module import FloatWeight, PackedModule, autocast_input
 from hfquant.nn.quant_linear import LINEAR_OPS
 
 
@@ -82,7 +82,7 @@ class QuantExperts(PackedModule):
         return own.post_expert_norm(x) if getattr(own, "has_post_expert_norm", False) else x
 
     def _linear(self, name: str, expert: int | Tensor, x: Tensor) -> Tensor:
-        packed, bias = self.packed(name), self._parameters.get(f"{name}_bias")
+        packed, bias, x = self.packed(name), self._parameters.get(f"{name}_bias"), autocast_input(x)
         if isinstance(expert, Tensor):  # the ends of the rows of every expert
             arguments = self.activation_arguments(x, name)
             return expert_linear(x, expert, *packed, bits=self.scheme.weight.bits, bias=bias, **arguments)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from hfquant.kernels.int4_linear import int4_linear
 from hfquant.kernels.int8_linear import int8_linear
-from hfquant.nn.packed_module import FloatWeight, PackedModule
+from hfquant.nn.packed_module import FloatWeight, PackedModule, autocast_input
 
 
 LINEAR_OPS: dict[int, Callable[..., Tensor]] = {4: int4_linear, 8: int8_linear}
@@ -47,6 +47,6 @@ class QuantLinear(PackedModule, nn.Linear):
         return self.float_weights["weight"].shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``x [..., K]``; returns ``[..., N]`` in the dtype of ``x``."""
-        op = LINEAR_OPS[self.scheme.weight.bits]
+        """Apply the layer to ``x [..., K]``; returns ``[..., N]`` in its dtype, or autocast's."""
+        op, x = LINEAR_OPS[self.scheme.weight.bits], autocast_input(x)
         return op(x, *self.packed(), bias=self.bias, **self.activation_arguments(x))

@@ -65,3 +65,13 @@ def test_kernels_at_smoke_size(capsys: pytest.CaptureFixture[str]) -> None:
     rows = kernels.main(["--smoke"])
     assert {row["op"] for row in rows} == set(kernels.CASES)
     assert "max error" in capsys.readouterr().out
+
+
+def test_qat_at_smoke_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("qat", BENCHMARKS / "qat.py")
+    qat = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(qat)
+    results = qat.main(["--smoke", "--threads", "1"])
+    assert all(results[arm] > 0 for arm in ("ptq", "qat-full", "qat-lora"))
+    assert results["cost"]["peak_bytes"] > 0

@@ -4,11 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from hfquant import HfQuantConfig
+from hfquant import HfQuantConfig, TrainingConfig
 from hfquant.cli.config_file import load_config_file
+from hfquant.cli.train import RUN_FIELDS
+from hfquant.training.config import read_yaml
 
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted((FOLDER / "ptq").glob("*.yaml"))
+TRAINING = sorted(FOLDER.glob("qat-*.yaml"))
 
 
 def test_there_are_configs() -> None:
@@ -21,3 +25,16 @@ def test_config_is_valid(path: Path) -> None:
     assert settings.bits in (4, 8)
     first = path.read_text().splitlines()[0]
     assert first.startswith("# hfquant quantize MODEL -o OUT --config configs/ptq/" + path.name)
+
+
+def test_every_config_is_tested() -> None:
+    assert sorted(FOLDER.rglob("*.yaml")) == sorted(CONFIGS + TRAINING)
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
+def test_training_config_is_valid(path: Path, tmp_path: Path) -> None:
+    fields = {key: value for key, value in read_yaml(path).items() if key not in RUN_FIELDS}
+    config = TrainingConfig.from_fields(fields | {"output_dir": str(tmp_path), "use_cpu": True}, where=path.name)
+    assert config.quantization_mode == "qat"
+    first = path.read_text().splitlines()[0]
+    assert first == f"# hfquant train --config configs/{path.name} --model MODEL --text FILE -o OUT"

@@ -8,12 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support.tiny_models import build, text_inputs
+from tests.support.training import examples
 
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 MAKEFILE = (Path(__file__).parents[2] / "Makefile").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")  # the Trainer's default, without an accelerator
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert blocks
@@ -24,6 +26,7 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "out": "out",
         "fp32_model": AutoModelForCausalLM.from_pretrained("model"),
         "batches": [text_inputs()],
+        "dataset": examples(),
         "torch": torch,
     }
     for block in blocks:

@@ -1,0 +1,401 @@
+"""Quantization-aware training against PTQ and torchao: recovery on two real models, and what a step costs.
+
+    python benchmarks/qat.py language --text wikitext2-valid.txt --torchao-python PYTHON
+    python benchmarks/qat.py encoder --sts-train stsb-train.csv --sts-dev stsb-dev.csv --torchao-python PYTHON
+    python benchmarks/qat.py cost
+
+Every finished run is one JSON file in --results; a run that has its file is not repeated, so the command can be
+interrupted and given again. torchao (0.18, with torch and transformers) runs in the interpreter that is given.
+
+language  SmolLM2-135M, INT4 symmetric g64, embeddings and head in float, pure distillation from the float model on the
+          first 60 % of the text; learning rates are tuned on the next 10 %, equally for all arms; measured on the last
+          30 %. The arms that end in -ce learn the text itself, and are compared with a float model that does.
+encoder   MiniLM on STS-B, INT4 per channel with dynamic INT8 activations; trained on train, tuned on its last 10 %,
+          measured on dev. QAT starts from the fine-tuned float model; float-more trains that on in float as long.
+cost      One optimizer step at 4 micro-batches of SmolLM2: full training with and without QAT, LoRA and "lora".
+"""
+
+import argparse
+import copy
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from hfquant import convert_model_qat, prepare_model_qat, quantize_model_ptq
+from hfquant.evaluation.compare import compare_models, sentence_similarity, spearman
+from hfquant.qat.distill import distillation_loss
+from hfquant.qat.prepare import fake_quant_modules, keep_codes
+
+
+HERE = Path(__file__).resolve()
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "examples")]
+
+LANGUAGE_SCHEME = {"quantization_bits": 4, "quantization_type": "weight_only", "group_size": 64, "embedding_bits": 16}
+ENCODER_SCHEME = {"quantization_bits": 4, "quantization_type": "dynamic", "group_size": -1, "embedding_bits": 16}
+
+LANGUAGE_ARMS = ("ptq", "qat-full", "qat-lora", "torchao", "float-ce", "qat-full-ce", "torchao-ce")
+ENCODER_ARMS = ("float", "ptq", "float-more", "qat-full", "torchao")
+RATES = {"qat-lora": (3e-4, 1e-3, 3e-3)}
+"""Learning rates that are tried where they differ from --rates: adapters take larger ones."""
+SCALE_RATE = 1e-3
+
+
+def machine() -> dict[str, str]:
+    from quality import machine as described
+
+    return described() | {"command": "python benchmarks/qat.py " + " ".join(Path(a).name for a in sys.argv[1:])}
+
+
+# What is trained, and how it becomes what is measured.
+
+
+def prepared(model: nn.Module, arm: str, scheme: dict[str, Any]) -> nn.Module:
+    """``model`` ready for the training of ``arm``."""
+    if arm.startswith("torchao"):
+        from torchao.quantization import quantize_
+        from torchao.quantization.qat import QATConfig
+
+        quantize_(model, QATConfig(torchao_config(scheme), step="prepare"), filter_fn=is_quantized_linear)
+    elif arm.startswith("qat"):
+        prepare_model_qat(model, progress=False, variant="lora" if "lora" in arm else "full", **scheme)
+    return model
+
+
+def converted(model: nn.Module, arm: str, scheme: dict[str, Any]) -> nn.Module:
+    """``model`` after training, really quantized."""
+    if arm.startswith("torchao"):
+        from torchao.quantization import quantize_
+        from torchao.quantization.qat import QATConfig
+
+        quantize_(model, QATConfig(torchao_config(scheme), step="convert"), filter_fn=is_quantized_linear)
+    elif arm.startswith("qat"):
+        convert_model_qat(model)
+    elif arm == "ptq":
+        quantize_model_ptq(model, progress=False, **scheme)
+    return model.eval()
+
+
+def torchao_config(scheme: dict[str, Any]) -> Any:
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerAxis, PerGroup
+
+    grain = PerAxis(0) if scheme["group_size"] == -1 else PerGroup(scheme["group_size"])
+    if scheme["quantization_type"] == "dynamic":
+        return Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=grain)
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=grain)
+
+
+def is_quantized_linear(module: nn.Module, name: str) -> bool:
+    """The linear layers that hfquant quantizes too: all but the head."""
+    return isinstance(module, nn.Linear) and name != "lm_head"
+
+
+def optimizer_for(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    scales = [p for name, p in named if name.endswith("_log_scale")]
+    others = [p for name, p in named if not name.endswith("_log_scale")]
+    groups = [{"params": others, "lr": rate}] + ([{"params": scales, "lr": SCALE_RATE}] if scales else [])
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+def train(model: nn.Module, steps: int, rate: float, losses: Iterator[Tensor]) -> dict[str, Any]:
+    """AdamW, warm-up over a tenth, then linear to 0, gradients clipped to norm 1; the same for every arm."""
+    optimizer = optimizer_for(model, rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / max(1, steps // 10), (steps - step) / steps)
+    )
+    model.train()
+    started, seen = time.perf_counter(), []
+    for step in range(steps):
+        loss = next(losses)
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        seen.append(float(loss.detach()))
+        if step % 10 == 9:
+            print(f"  step {step + 1}/{steps} loss {statistics.fmean(seen[-10:]):.5f}", flush=True)
+    return {"seconds": time.perf_counter() - started, "loss_first": seen[0], "loss_last": statistics.fmean(seen[-5:])}
+
+
+# The language model.
+
+
+def language_source(options: argparse.Namespace) -> Path:
+    from demo_models import fetch_smollm2
+
+    return options.model or fetch_smollm2()[0]
+
+
+def split_ids(options: argparse.Namespace, source: Path) -> dict[str, Tensor]:
+    """Tokens of the three parts of the text."""
+    text = options.text.read_text(encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    ends = [0, int(0.6 * len(text)), int(0.7 * len(text)), len(text)]
+    parts = {}
+    for name, start, end in zip(("train", "tune", "test"), ends, ends[1:], strict=True):
+        ids = tokenizer(text[start:end], return_tensors="pt", verbose=False)["input_ids"][0]
+        parts[name] = ids if name == "train" else ids[: options.eval_tokens or None]
+    return parts
+
+
+def language_losses(model: nn.Module, teacher: nn.Module, ids: Tensor, options: Any, arm: str, seed: int) -> Iterator:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        starts = torch.randint(0, len(ids) - options.context, (options.batch,), generator=generator)
+        batch = torch.stack([ids[start : start + options.context] for start in starts.tolist()])
+        logits = model(batch).logits[:, :-1]
+        if arm.endswith("-ce"):
+            yield cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            continue
+        with torch.no_grad():
+            target = teacher(batch).logits[:, :-1]
+        total, count = distillation_loss(logits, target, None, temperature=1.0)
+        yield total / count
+
+
+def run_language(options: argparse.Namespace, arm: str, seed: int, rate: float, part: str) -> dict[str, Any]:
+    source = language_source(options)
+    ids = split_ids(options, source)
+    torch.manual_seed(seed)
+    teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    model = prepared(copy.deepcopy(teacher), arm, LANGUAGE_SCHEME)
+    result: dict[str, Any] = {}
+    if arm != "ptq":
+        result = train(model, options.steps, rate, language_losses(model, teacher, ids["train"], options, arm, seed))
+    model = converted(model, arm, LANGUAGE_SCHEME)
+    if hasattr(model, "dequantize") and hasattr(model, "hf_quantizer"):
+        model.dequantize()  # the same logits, bit for bit, sooner (tests/hf/test_dequantize.py)
+    found = compare_models(teacher, {arm: model}, ids[part], context=512, progress=False)[arm]
+    return result | found.to_dict()
+
+
+# The encoder.
+
+
+def run_encoder(options: argparse.Namespace, arm: str, seed: int, rate: float, part: str) -> dict[str, Any]:
+    from demo_models import fetch_minilm
+    from quality import read_pairs
+
+    source = options.encoder or fetch_minilm()[0]
+    pairs, scores = read_pairs(options.sts_train)
+    kept = int(0.9 * len(pairs))
+    judged = (pairs[kept:], scores[kept:]) if part == "tune" else read_pairs(options.sts_dev)
+    pairs, scores = pairs[:kept], scores[:kept]
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    base = options.results / f"encoder-float-s{seed}.pretrained"
+    torch.manual_seed(seed)
+    model = AutoModel.from_pretrained(source if arm == "float" else base, dtype=torch.float32)
+    model = prepared(model, arm, ENCODER_SCHEME)
+    result: dict[str, Any] = {}
+    if arm != "ptq":
+        losses = encoder_losses(model, tokenizer, pairs, scores / 5, options.encoder_batch, seed)
+        result = train(model, options.encoder_steps, rate, losses)
+    model = converted(model, arm, ENCODER_SCHEME)
+    if arm == "float" and part == "test":
+        model.save_pretrained(base)
+    return result | {"spearman": 100 * spearman(sentence_similarity(model, tokenizer, judged[0]), judged[1])}
+
+
+def encoder_losses(model: nn.Module, tokenizer: Any, pairs: list, targets: Tensor, size: int, seed: int) -> Iterator:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for chosen in torch.randperm(len(pairs), generator=generator).split(size):
+            sides = [pooled(model, tokenizer, [pairs[i][side] for i in chosen.tolist()]) for side in (0, 1)]
+            yield mse_loss((sides[0] * sides[1]).sum(-1), targets[chosen])
+
+
+def pooled(model: nn.Module, tokenizer: Any, sentences: list[str]) -> Tensor:
+    batch = tokenizer(sentences, padding=True, truncation=True, return_tensors="pt")
+    mask = batch["attention_mask"].unsqueeze(-1).float()
+    hidden = model(**batch).last_hidden_state
+    return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+# What a step costs.
+
+
+def run_cost(options: argparse.Namespace, arm: str, seed: int, rate: float, part: str) -> dict[str, Any]:
+    """Median seconds of one optimizer step of 4 micro-batches, and peak memory of a process that does only this."""
+    torch.manual_seed(seed)
+    if options.smoke:
+        model: nn.Module = tiny_llama()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(language_source(options), dtype=torch.float32)
+    if arm == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
+    model = prepared(model, arm, LANGUAGE_SCHEME if not options.smoke else SMOKE_SCHEME)
+    keep_codes(model, True)
+    optimizer = optimizer_for(model, 1e-5)
+    seconds = []
+    for _ in range(options.cost_steps + 1):
+        started = time.perf_counter()
+        for _ in range(4):
+            batch = torch.randint(0, 200, (options.batch, options.context))
+            logits = model(batch).logits
+            (cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()) / 4).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for _, module in fake_quant_modules(model):
+            module.forget_codes()
+        seconds.append(time.perf_counter() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"step_seconds": seconds[1:], "peak_bytes": peak, "cpu_seconds": time.process_time()}
+
+
+# Which runs there are, each in a process of its own.
+
+TASKS = {"language": run_language, "encoder": run_encoder, "cost": run_cost}
+SMOKE_SCHEME = LANGUAGE_SCHEME | {"group_size": 32}
+
+
+def run(options: argparse.Namespace, task: str, arm: str, seed: int, rate: float, part: str) -> dict[str, Any] | None:
+    """The result of one run: from its file, or from a new process."""
+    name = f"{task}-{arm}-s{seed}" + (f"-lr{rate:g}" if rate else "") + ("-tune" if part == "tune" else "")
+    file = options.results / f"{name}.json"
+    if not file.is_file():
+        python = options.torchao_python if arm.startswith("torchao") else sys.executable
+        if python is None:
+            print(f"{name}: not run, no --torchao-python")
+            return None
+        print(f"{name}", flush=True)
+        inner = ["--run", json.dumps({"task": task, "arm": arm, "seed": seed, "rate": rate, "part": part})]
+        subprocess.run(
+            [str(python), "-W", "ignore", str(HERE), *options.given, *inner, "--json", str(file)], check=True
+        )
+    return json.loads(file.read_text())
+
+
+def tuned_rate(options: argparse.Namespace, task: str, arm: str, rates: tuple[float, ...], better: Any) -> float:
+    """The rate that does best for ``arm`` on the tuning part, with the first seed; every arm tries as many."""
+    if arm == "ptq":
+        return 0.0
+    found = {rate: run(options, task, arm, options.seeds[0], rate, "tune") for rate in rates} if len(rates) > 1 else {}
+    known = {rate: better(result) for rate, result in found.items() if result is not None}
+    return min(known, key=known.__getitem__) if known else rates[0]
+
+
+def recovery_rows(options: argparse.Namespace, task: str, arms: tuple[str, ...], measure: str) -> list[dict[str, Any]]:
+    sign = 1 if task == "language" else -1
+    rows = []
+    for arm in arms:
+        rates = tuple(options.rates) if options.rates else RATES.get(arm, (1e-5, 3e-5, 1e-4))
+        rate = tuned_rate(options, task, arm, rates, lambda result: sign * result[measure])
+        for seed in options.seeds if task == "encoder" or arm != "ptq" else options.seeds[:1]:
+            result = run(options, task, arm, seed, rate, "test")
+            if result is not None:
+                numbers = {key: value for key, value in result.items() if isinstance(value, (int, float))}
+                rows.append({"arm": arm, "seed": seed, "rate": f"{rate:g}"} | numbers)
+    return rows
+
+
+def cost_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Arms take turns; the ratio is that of medians over all rounds."""
+    arms = tuple(options.arms) if options.arms else ("float", "qat-full", "lora", "qat-lora")
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    for turn in range(options.rounds):
+        for arm in arms:
+            result = run(options, "cost", arm, turn, 0.0, "test")
+            found[arm] += [result] if result is not None else []
+    rows = []
+    for arm, results in found.items():
+        seconds = statistics.median(s for result in results for s in result["step_seconds"])
+        cpu = statistics.median(result["cpu_seconds"] for result in results)
+        peak = max(result["peak_bytes"] for result in results)
+        rows.append({"arm": arm, "step_seconds": seconds, "cpu_seconds": cpu, "peak_MB": peak / 1e6})
+    return rows
+
+
+def tiny_llama() -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+    )
+    return LlamaForCausalLM(config)
+
+
+def smoke() -> dict[str, Any]:
+    """The language arms without torchao on a tiny random model, and the cost of a step, in this process."""
+    torch.manual_seed(0)
+    options = argparse.Namespace(batch=2, context=16, steps=4, smoke=True, cost_steps=1)
+    teacher, ids, results = tiny_llama().eval(), torch.arange(300) % 250, {}
+    for arm in ("ptq", "qat-full", "qat-lora"):
+        model = prepared(copy.deepcopy(teacher), arm, SMOKE_SCHEME)
+        if arm != "ptq":
+            train(model, options.steps, 1e-3, language_losses(model, teacher, ids, options, arm, 0))
+        model = converted(model, arm, SMOKE_SCHEME)
+        results[arm] = compare_models(teacher, {arm: model}, ids[:64], context=32, progress=False)[arm].mean_kl
+    return results | {"cost": run_cost(options, "qat-full", 0, 0.0, "test")}
+
+
+def arguments(given: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", nargs="?", choices=TASKS)
+    parser.add_argument("--model", type=Path, help="folder of a causal language model")
+    parser.add_argument("--encoder", type=Path, help="folder of a sentence encoder")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--sts-train", type=Path)
+    parser.add_argument("--sts-dev", type=Path)
+    parser.add_argument("--torchao-python", type=Path, help="interpreter that has torchao")
+    parser.add_argument("--results", type=Path, default=HERE.with_name("results") / "qat")
+    parser.add_argument("--arms", nargs="*", default=[])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--rates", type=float, nargs="*", default=[], help="learning rates to try; one means no tuning")
+    parser.add_argument("--steps", type=int, default=120, help="of the language model")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--eval-tokens", type=int, default=0, help="0 takes all")
+    parser.add_argument("--encoder-steps", type=int, default=360)
+    parser.add_argument("--encoder-batch", type=int, default=32)
+    parser.add_argument("--cost-steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--smoke", action="store_true", help="a tiny random model, in seconds")
+    parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="write the results here too")
+    options = parser.parse_args(given)
+    options.given = given
+    return options
+
+
+def main(given: list[str] | None = None) -> dict[str, Any]:
+    options = arguments(sys.argv[1:] if given is None else given)
+    torch.set_num_threads(options.threads)
+    if options.smoke and not options.run:
+        return smoke()
+    options.results.mkdir(parents=True, exist_ok=True)
+    if options.run:
+        inner = dict(options.run)
+        results = TASKS[inner.pop("task")](options, **inner) | inner | machine()
+    elif options.task == "cost":
+        results = machine() | {"rows": cost_rows(options)}
+    else:
+        arms = LANGUAGE_ARMS if options.task == "language" else ENCODER_ARMS
+        measure = "mean_kl" if options.task == "language" else "spearman"
+        chosen = tuple(arm for arm in arms if not options.arms or arm in options.arms)
+        results = machine() | {"rows": recovery_rows(options, options.task, chosen, measure)}
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    if not options.run:
+        from quality import table
+
+        for key, value in results.items():
+            print("\n" + table(value) if isinstance(value, list) else f"{key}: {value}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

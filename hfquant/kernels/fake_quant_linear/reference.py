@@ -1,0 +1,116 @@
+"""Plain torch for ``fake_quant_linear`` and its gradients."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from hfquant.kernels.int8_linear.reference import linear_on_codes
+from hfquant.kernels.quantize_rows.reference import quantize_rows_reference
+from hfquant.numerics.straight_through import (
+    activation_gradients,
+    learned_scale,
+    row_codes,
+    row_values,
+    weight_gradients,
+)
+
+
+def learned_scale_reference(initial_bits: Tensor, log_scale: Tensor) -> Tensor:
+    """See ``hfquant.kernels.fake_quant_linear.learned_scale_from_bits``."""
+    return learned_scale(initial_bits.view(torch.float32), log_scale)
+
+
+def fake_quant_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    log_scale: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    codes: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    input_log_scale: Tensor | None,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    lora_factor: float,
+    dynamic: bool,
+    bits: int,
+    blend: float,
+) -> Tensor:
+    """See ``hfquant.kernels.fake_quant_linear.fake_quant_linear``."""
+    bias = None if bias is None else bias.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if codes is None:
+            codes = row_codes(adapted_weight(weight, lora_a, lora_b, lora_factor), scale, zero_point, bits=bits)
+        if blend == 1.0:
+            return linear_on_codes(x, codes, scale, zero_point, input_scale, bias, dynamic)
+        weight = adapted_weight(weight, lora_a, lora_b, lora_factor)
+        values = _blended_weight(weight, codes, scale, zero_point, blend, x.dtype)
+        return linear(_blended_activations(x, input_scale, dynamic, blend), values, bias)
+
+
+def fake_quant_linear_backward_reference(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    codes: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    input_scale: Tensor | None,
+    lora_factor: float,
+    dynamic: bool,
+    bits: int,
+    blend: float,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, log_scale, lora_a, lora_b and input_log_scale; those nobody needs are empty."""
+    grad_rows, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    empty = x.new_empty(0)
+    grad_x = grad_weight = grad_scale = grad_a = grad_b = grad_input_scale = empty
+    with torch.autocast(x.device.type, enabled=False):
+        adapted = adapted_weight(weight, lora_a, lora_b, lora_factor) if needs_weight or blend < 1 else weight
+        if needs_x:
+            if codes is None:
+                codes = row_codes(adapted_weight(weight, lora_a, lora_b, lora_factor), scale, zero_point, bits=bits)
+            grad_x = grad_rows @ _blended_weight(adapted, codes, scale, zero_point, blend, grad.dtype)
+            if input_scale is not None:
+                grad_x, grad_input_scale = activation_gradients(grad_x, rows, input_scale, blend=blend)
+            grad_x = grad_x.view(x.shape)
+        if needs_weight:
+            inputs = _blended_activations(rows, input_scale, dynamic, blend)
+            wide = torch.promote_types(adapted.dtype, torch.float32)
+            grad_weight, grad_scale = weight_gradients(
+                (grad_rows.t() @ inputs).to(wide), adapted, scale, zero_point, bits=bits, blend=blend
+            )
+            if lora_a is not None and lora_b is not None:
+                grad_a = (lora_b.t().to(wide) @ grad_weight).mul_(lora_factor)
+                grad_b = (grad_weight @ lora_a.t().to(wide)).mul_(lora_factor)
+            grad_weight = grad_weight.to(weight.dtype)
+    return grad_x, grad_weight, grad_scale, grad_a, grad_b, grad_input_scale
+
+
+def adapted_weight(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, factor: float) -> Tensor:
+    """``weight + factor * lora_b @ lora_a``, in float32 where there is an adapter."""
+    if lora_a is None or lora_b is None:
+        return weight
+    return (lora_b @ lora_a).mul_(factor).add_(weight)
+
+
+def _blended_weight(
+    weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, blend: float, dtype: torch.dtype
+) -> Tensor:
+    values = row_values(codes, scale, zero_point, dtype=dtype)
+    return values if blend == 1.0 else torch.lerp(weight.to(dtype), values, blend)
+
+
+def _blended_activations(x: Tensor, input_scale: Tensor | None, dynamic: bool, blend: float) -> Tensor:
+    """What the weight is multiplied with, in the dtype of ``x``."""
+    if not dynamic and input_scale is None:
+        return x
+    rows = x.reshape(-1, x.shape[-1])
+    codes, row_scale = quantize_rows_reference(rows, input_scale)
+    values = (codes.to(row_scale.dtype) * row_scale).to(x.dtype).view(x.shape)
+    return values if blend == 1.0 else torch.lerp(x, values, blend)

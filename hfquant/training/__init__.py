@@ -1,0 +1,1 @@
+"""Training with Transformers' Trainer: configuration, trainer and callback."""

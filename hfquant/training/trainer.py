@@ -1,0 +1,245 @@
+"""``QuantTrainer``: Transformers' ``Trainer``, ending in a model that really is quantized."""
+
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hfquant.errors import ConfigError, FormatError
+from hfquant.formats.headers import read_headers
+from hfquant.hf.config import HfQuantConfig
+from hfquant.hf.qat import converted_model, prepare_model_qat, qat_state
+from hfquant.hf.quantize import quantize_model_ptq
+from hfquant.qat.distill import distillation_loss, teacher_copy
+from hfquant.qat.prepare import bypassed
+from hfquant.training.callback import QatCallback, check_resumable, write_record
+from hfquant.training.config import TrainingConfig
+
+
+SCALE_SUFFIX = "_log_scale"
+
+AVERAGING = re.compile(r"EMA|SWA|Averag")
+"""In the class name of a callback: it averages weights."""
+
+
+class QuantTrainer(Trainer):
+    """``Trainer`` for a ``TrainingConfig``; with quantization off it is Transformers' own.
+
+    ``quantization_mode="qat"`` prepares the model at once, before an optimizer exists; ``save_model`` saves the
+    quantized model of the current state, and training can go on. ``"ptq"`` quantizes the model when training ends.
+
+    Args:
+        *args: As for ``Trainer``.
+        teacher_model: Float model to distil from. Without one, ``"lora"`` distils from the model itself with
+            quantizers and adapters bypassed, ``"full"`` from a frozen bfloat16 copy.
+        **kwargs: As for ``Trainer``.
+
+    Raises:
+        ConfigError: If the config and the model do not fit, or the optimizer was made before scales existed.
+    """
+
+    args: TrainingConfig
+
+    def __init__(self, *args: Any, teacher_model: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._mode: str | None = getattr(self.args, "quantization_mode", None)
+        self._teacher, self._saves_checkpoint = teacher_model, False
+        if getattr(self.args, "enable_quantized_finetuning", False):
+            raise ConfigError("enable_quantized_finetuning=True: this version cannot fine-tune quantized models yet")
+        if self._mode is None:
+            return
+        if self.model_init is not None:
+            raise ConfigError(f"quantization_mode={self._mode!r} needs model=..., not model_init=...")
+        if self._mode == "qat":
+            self._prepare()
+
+    def _prepare(self) -> None:
+        args, model = self.args, self.model
+        if qat_state(model) is None:
+            if args.distillation_weight and args.qat_variant == "full" and self._teacher is None:
+                self._teacher = teacher_copy(model)
+            config = args.quantization_config()
+            prepare_model_qat(
+                model,
+                config,
+                variant=args.qat_variant,
+                adapter_rank=args.adapter_rank,
+                adapter_alpha=args.adapter_alpha,
+                calibration_data=self._calibration_batches() if _is_static(config) else None,
+                progress=not args.disable_tqdm,
+            )
+        if self._teacher is not None:
+            self._teacher = self._teacher.to(args.device).eval()
+        if args.qat_scale_learning_rate == 0:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and not name.endswith(SCALE_SUFFIX))
+        # First, so that what it adds to the logs is there for every other callback.
+        self.callback_handler.callbacks.insert(0, QatCallback(blend_steps=args.qat_blend_steps, convert=False))
+
+    def _calibration_batches(self) -> Iterator[Any]:
+        """The first batches of the training data, in order; each process takes its share."""
+        if self.train_dataset is None:
+            raise ConfigError("quantization_type='static' needs train_dataset, to observe activation ranges on")
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size,
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator, "calibration"),
+            generator=torch.Generator(),
+        )
+        rank, processes = self.args.process_index, self.args.world_size
+        with torch.random.fork_rng():
+            yield from islice(loader, rank, self.args.calibration_batches * processes, processes)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``; with ``quantization_mode="ptq"`` the model is quantized at the end.
+
+        Raises:
+            ConfigError: If weights are averaged, nothing would train, or the checkpoint to resume from is of another
+                scheme.
+        """
+        if self._mode is not None:
+            for callback in self.callback_handler.callbacks:
+                if AVERAGING.search(type(callback).__name__):
+                    raise ConfigError(
+                        f"{type(callback).__name__} averages weights, and an average of grid points is not on the "
+                        "grid; remove it to train with quantization"
+                    )
+        if self._mode == "ptq" and getattr(self.model, "is_quantized", False):
+            raise ConfigError("the model was quantized when training ended; dequantize_model(model) to train on")
+        result = super().train(*args, **kwargs)
+        if self._mode == "ptq":
+            config = self.args.quantization_config()
+            data = self._calibration_batches() if _is_static(config) else None
+            quantize_model_ptq(self.model, config, calibration_data=data, progress=not self.args.disable_tqdm)
+        return result
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As ``Trainer.create_optimizer``; scales get their own learning rate and no weight decay."""
+        given = self.optimizer is not None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self._mode != "qat":
+            return optimizer
+        named = self.model.named_parameters()
+        scales = {id(p): p for name, p in named if name.endswith(SCALE_SUFFIX) and p.requires_grad}
+        in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not scales.keys() <= in_optimizer:
+            raise ConfigError(
+                "the optimizer was made before the model was prepared, and does not have its scales; pass "
+                "optimizer_cls_and_kwargs instead of optimizers, or call prepare_model_qat(model, ...) first"
+            )
+        if scales and not given:
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in scales]
+            rate = self.args.qat_scale_learning_rate
+            optimizer.add_param_group({"params": list(scales.values()), "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """As ``Trainer.compute_loss``; while training, mixed with distillation where the config asks for it."""
+        weight = self.args.distillation_weight if self._mode == "qat" and model.training else 0.0
+        if weight == 0:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        labels = inputs.get("labels")
+        if weight == 1:
+            loss, outputs = (
+                torch.zeros((), device=self.args.device),
+                model(**{key: value for key, value in inputs.items() if key != "labels"}),
+            )
+        else:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
+        total, count = self._distil(outputs, inputs, labels)
+        if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
+            scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            divergence = total / num_items_in_batch * scale
+        else:
+            divergence = total / count.clamp_min(1)
+        loss = (1 - weight) * loss + weight * divergence
+        return (loss, outputs) if return_outputs else loss
+
+    def _distil(self, outputs: Any, inputs: dict[str, Any], labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        if "logits" not in outputs:
+            raise ConfigError("distillation_weight needs a model whose output has logits; or override compute_loss")
+        inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        with torch.no_grad():
+            theirs = self._teacher_outputs(inputs).logits
+        ours, mask = outputs.logits, None
+        if ours.ndim == 3:
+            mask = inputs["attention_mask"].bool() if labels is None and "attention_mask" in inputs else None
+            if labels is not None and labels.shape == ours.shape[:2]:
+                mask = labels != -100
+                if type(self.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+                    ours, theirs, mask = ours[:, :-1], theirs[:, :-1], mask[:, 1:]
+        return distillation_loss(ours, theirs, mask, temperature=self.args.distillation_temperature)
+
+    def _teacher_outputs(self, inputs: dict[str, Any]) -> Any:
+        if self._teacher is not None:
+            return self._teacher(**inputs)
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with bypassed(self.model):
+                return self.model(**inputs)
+        finally:
+            for module in training:
+                module.training = True
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._saves_checkpoint = True
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self._saves_checkpoint = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        state = qat_state(self.model)
+        if state is None:
+            super()._save(output_dir, state_dict)
+        elif self._saves_checkpoint:
+            super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                write_record(Path(output_dir or self.args.output_dir), state)
+        elif state_dict is not None:
+            raise ConfigError(
+                "a model sharded by FSDP or DeepSpeed cannot be converted; load the checkpoint in one process"
+            )
+        else:
+            with converted_model(self.model):
+                super()._save(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        state = qat_state(self.model)
+        check_resumable(Path(resume_from_checkpoint), state)
+        if state is not None:
+            _check_names(Path(resume_from_checkpoint), self.model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def _is_static(config: HfQuantConfig) -> bool:
+    settings = config.resolve()
+    return "static" in (settings.quantization_type, *(override.quantization_type for override in settings.overrides))
+
+
+def _check_names(folder: Path, model: nn.Module) -> None:
+    """Refuse a checkpoint that lacks a tensor of ``model`` or has another one: the Trainer would only warn."""
+    headers = read_headers(sorted(folder.glob("*.safetensors")))
+    found = {name for header in headers.values() for name in header.tensors}
+    expected = set(model.state_dict())
+    tied = set(model.all_tied_weights_keys) if isinstance(model, PreTrainedModel) else set()
+    missing, extra = sorted(expected - found - tied), sorted(found - expected)
+    if missing or extra:
+        raise FormatError(
+            f"{folder}: missing tensors {missing[:5]}, unexpected tensors {extra[:5]}; it cannot be resumed"
+        )

@@ -1,0 +1,46 @@
+"""A small language task and a trainer for it."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hfquant import QuantTrainer, TrainingConfig
+from tests.support.tiny_models import build
+
+
+HAS_NEW_NAME = any(field.name == "activation_checkpointing" for field in fields(TrainingConfig))
+CHECKPOINTING = "activation_checkpointing" if HAS_NEW_NAME else "gradient_checkpointing"
+"""What the field is called in this release of Transformers."""
+
+QAT4 = {"quantization_mode": "qat", "quantization_bits": 4, "quantization_type": "weight_only"}
+
+
+def examples(count: int = 24) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    windows = [torch.randint(3, 128, (12,), generator=generator) for _ in range(count)]
+    return [{"input_ids": window, "labels": window} for window in windows]
+
+
+def config(folder: Path | str, **options: Any) -> TrainingConfig:
+    base = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 4, "logging_steps": 2}
+    base |= {"learning_rate": 1e-3, "per_device_train_batch_size": 2, "save_strategy": "no"}
+    return TrainingConfig(output_dir=str(folder), **base | options)
+
+
+def trainer(
+    folder: Path | str, name: str = "llama-tied", model: PreTrainedModel | None = None, **options: Any
+) -> QuantTrainer:
+    model = build(name) if model is None else model
+    return QuantTrainer(model=model, args=config(folder, **options), train_dataset=examples())
+
+
+def with_dropout() -> PreTrainedModel:
+    model = build("llama-tied")
+    model.config.attention_dropout = 0.2
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.2
+    return model
