@@ -19,7 +19,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "quantization_bits": (8, 4),
     "quantization_type": ("dynamic", "static", "weight_only"),
     "symmetric": (True, False),
-    "algorithm": ("rtn", "search"),
+    "algorithm": ("rtn", "search", "gptq", "signround"),
+    "activation_observer": ("minmax", "percentile", "mse"),
+    "smoothquant": (True, False),
     "embedding_bits": (16, 8, 4),
     "backend": ("hfquant",),
     "strict": (True, False),
@@ -34,8 +36,11 @@ OVERRIDE_CHOICES: dict[str, tuple[Any, ...]] = {
 }
 """The same for the fields of one entry of ``overrides``; ``group_size`` is allowed there too."""
 
-USER_FIELDS = (*CHOICES, "group_size", "skip_modules", "overrides")
-RECORD_FIELDS = ("quant_method", "format_version", "hfquant_version", "modules", "save_id")
+INTEGERS: dict[str, int] = {"iterations": 1, "calibration_samples": 1, "calibration_length": 2, "seed": 0}
+"""Integer field -> the smallest value it takes."""
+
+USER_FIELDS = (*CHOICES, *INTEGERS, "group_size", "skip_modules", "overrides")
+RECORD_FIELDS = ("quant_method", "format_version", "hfquant_version", "modules", "save_id", "calibration")
 LOAD_ONLY_FIELDS = ("dequantize", "strict")
 
 
@@ -52,12 +57,20 @@ class HfQuantConfig(QuantizationConfigMixin):
             channel for 8 bits; for 4 bits the largest of 64, 32, 16 (128 too above a billion parameters) that divides
             the layer's inputs. A size that is given never changes: layers it does not divide are an error.
         symmetric: Without zero points (default ``True``).
-        algorithm: ``"search"`` (default) or ``"rtn"`` (round to nearest).
+        algorithm: ``"gptq"`` (default where calibration data is given), ``"signround"`` (learned rounding, the best and
+            slowest), ``"search"`` (default without data) or ``"rtn"`` (round to nearest).
         embedding_bits: Bits of the input embedding and the output head, 8 (default), 4, or 16 to keep them in float.
         skip_modules: Names, parts of names (``"mlp.down_proj"``) or globs of modules to keep in float.
         overrides: Module name, part or glob -> fields that differ there (``quantization_bits`` 16, 8 or 4,
             ``quantization_type``, ``group_size``, ``symmetric``); a later entry wins.
         backend: ``"hfquant"``.
+        activation_observer: What chooses static ranges: ``"minmax"`` (default), ``"percentile"`` or ``"mse"``.
+        smoothquant: Move outliers of activations into the weights where that changes nothing else (default ``True``
+            for calibrated INT8 activations).
+        iterations: Of learned rounding (default 200).
+        calibration_samples: Windows of calibration text at most (default 128).
+        calibration_length: Tokens in a window (default 512, or what the model takes).
+        seed: Of the choice of windows and of learned rounding (default 0).
         strict: Raise if a linear layer would stay in float although nobody asked for it.
         dequantize: On loading a quantized checkpoint, return the float model of its values.
         record: What a checkpoint adds (``modules``, ``save_id``, ``format_version``, ...); not for users.
@@ -79,6 +92,12 @@ class HfQuantConfig(QuantizationConfigMixin):
         backend: str | None = None,
         strict: bool | None = None,
         dequantize: bool | None = None,
+        activation_observer: str | None = None,
+        smoothquant: bool | None = None,
+        iterations: int | None = None,
+        calibration_samples: int | None = None,
+        calibration_length: int | None = None,
+        seed: int | None = None,
         **record: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
@@ -93,6 +112,11 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.backend = backend
         self.strict = strict
         self.dequantize = dequantize
+        self.activation_observer = activation_observer
+        self.smoothquant = smoothquant
+        self.iterations = iterations
+        self.calibration_samples, self.calibration_length, self.seed = calibration_samples, calibration_length, seed
+        self.calibration: dict[str, Any] | None = record.pop("calibration", None)
         self.modules: dict[str, str] | None = record.pop("modules", None)
         self.format_version: Any = record.pop("format_version", FORMAT_VERSION)
         self.hfquant_version: Any = record.pop("hfquant_version", None)
@@ -112,6 +136,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         """
         for name, choices in CHOICES.items():
             check_choice(name, getattr(self, name), choices)
+        for name, smallest in INTEGERS.items():
+            check_integer(name, getattr(self, name), smallest)
         check_group_size("group_size", self.group_size)
         if self.skip_modules is not None:
             if not isinstance(self.skip_modules, (list, tuple)):
@@ -211,6 +237,16 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     allowed = ", ".join(repr(choice) for choice in choices)
     close = nearest(value, tuple(c for c in choices if isinstance(c, str))) if isinstance(value, str) else ""
     raise ConfigError(f"{name}={value!r}: expected {'one of ' if len(choices) > 1 else ''}{allowed}{close}")
+
+
+def check_integer(name: str, value: Any, smallest: int) -> None:
+    """Accept ``None`` or an integer from ``smallest``.
+
+    Raises:
+        ConfigError: Otherwise.
+    """
+    if value is not None and (type(value) is not int or value < smallest):
+        raise ConfigError(f"{name}={value!r}: expected an integer from {smallest}")
 
 
 def check_group_size(name: str, value: Any) -> None:

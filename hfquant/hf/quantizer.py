@@ -23,6 +23,8 @@ from hfquant.nn.packed_module import PackedModule, companion_name
 from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.select import ASKED, Selection, has_expert_weights, select_modules, unmatched_patterns
 from hfquant.nn.swap import packed_modules, restore_modules_, swap_modules_
+from hfquant.ptq.calibrated import LayerResult
+from hfquant.ptq.quantize_matrix import CALIBRATED
 from hfquant.ptq.quantize_weight import quantize_weight
 
 
@@ -53,6 +55,7 @@ class HfQuantQuantizer(HfQuantizer):
         selection: What is quantized and what is kept, with reasons.
         error: The first error while quantizing on the fly. Transformers reports errors of single tensors as a table
             and a RuntimeError without cause; this one is raised in its place.
+        results: How each weight was quantized, where this process calibrated.
     """
 
     requires_calibration = False
@@ -64,6 +67,7 @@ class HfQuantQuantizer(HfQuantizer):
         self.selection = Selection()
         self.error: HfQuantError | None = None
         self.filled: set[str] = set()
+        self.results: list[LayerResult] = []
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse to quantize on the fly to disk: Transformers would read the float file again.
@@ -120,6 +124,11 @@ class HfQuantQuantizer(HfQuantizer):
             logger.warning(f"hfquant: experts of {type(model).__name__} stay in float: {reason}")
 
     def _refuse_static(self) -> None:
+        if self.quantization_config.algorithm in CALIBRATED:
+            raise ConfigError(
+                f"algorithm={self.quantization_config.algorithm!r} needs calibration data, which from_pretrained "
+                "cannot take; load the float model and call quantize_model_ptq(model, ..., calibration_data=...)"
+            )
         for name, scheme in self.selection.schemes.items():
             if scheme.quantization_type == "static":
                 raise ConfigError(

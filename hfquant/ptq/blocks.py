@@ -87,7 +87,8 @@ def find_stacks(model: nn.Module, layers: Iterable[str]) -> list[list[str]]:
         model: Any model.
         layers: Names of the modules that are to be quantized; a list that holds none of them is no stack.
     """
-    wanted, stacks, outer = list(layers), [], []
+    wanted, stacks = list(layers), []
+    outer: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{other}.") for other in outer):
             continue
@@ -109,10 +110,7 @@ def is_chain(model: nn.Module, blocks: Sequence[str], batch: Any) -> bool:
 
         return hook
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(look(name), with_kwargs=True)  # type: ignore[call-overload]
-        for name in blocks
-    ]
+    handles = [model.get_submodule(name).register_forward_hook(look(name), with_kwargs=True) for name in blocks]
     try:
         with quiet_model(model):
             run_batch(model, batch)
@@ -140,7 +138,7 @@ def record_calls(
             keeps its hidden states.
     """
     calls: dict[str, list[Call]] = {name: [] for name in blocks}
-    modules = {name: model.get_submodule(name) for name in blocks}
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in blocks}
     originals = {name: module.__dict__.get("forward") for name, module in modules.items()}
     first_output: list[Any] = [None]
 
@@ -184,7 +182,8 @@ def _run_until_stopped(model: nn.Module, batch: Any) -> None:
 def quiet_model(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without caches, for the time of a block."""
     training = [module for module in model.modules() if module.training]
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "use_cache")}
     before = {key: config.use_cache for key, config in configs.items()}
     model.eval()
     for config in configs.values():

@@ -4,7 +4,6 @@ Each block is quantized on what the blocks before it, already quantized, really 
 between two blocks are kept, never the activations of more than one block.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,8 @@ from hfquant.errors import CalibrationError
 from hfquant.nn.packed_module import PackedModule
 from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.select import Selection, packed_class
-from hfquant.nn.swap import swap_modules_
+from hfquant.numerics.affine import scale_to_bits
+from hfquant.numerics.observers import choose_input_scale
 from hfquant.numerics.packing import PackedWeight
 from hfquant.ptq.blocks import Call, find_stacks, is_chain, quiet_model, record_calls
 from hfquant.ptq.calibrate import run_batch
@@ -34,11 +34,17 @@ class CalibrationOptions:
     Attributes:
         algorithm: What chooses scales and codes.
         iterations: Of learned rounding.
+        observer: What chooses static activation ranges.
+        smoothquant: Move outliers of activations into weights where INT8 activations are asked for.
+        seed: Of learned rounding.
         progress: Show a progress bar.
     """
 
     algorithm: str = "gptq"
     iterations: int = 200
+    observer: str = "minmax"
+    smoothquant: bool = True
+    seed: int = 0
     progress: bool = True
 
 
@@ -65,6 +71,29 @@ class LayerResult:
     rows: int
     losses: dict[str, float] = field(default_factory=dict)
     note: str = ""
+
+
+def calibrate_(
+    model: nn.Module, selection: Selection, batches: Sequence[Any], options: CalibrationOptions
+) -> list[LayerResult]:
+    """Quantize everything in ``selection`` in place, on what ``batches`` make each layer see.
+
+    Args:
+        model: Float model in memory.
+        selection: What to quantize, and how.
+        batches: What the model is called with.
+        options: How to calibrate.
+
+    Returns:
+        How each weight was quantized.
+
+    Raises:
+        CalibrationError: If activations are not finite, or a static layer was never reached.
+        SchemeError: If a weight holds NaN or infinity.
+    """
+    calibration = Calibration(model, selection, batches, options)
+    calibration.run_()
+    return calibration.results
 
 
 class Calibration:
@@ -163,8 +192,22 @@ class Calibration:
         target.swap_(module, scheme)
         assert isinstance(module, PackedModule)
         for key, parts in results.items():
-            module.load_packed(_stacked([part.packed() for part in parts], rows=len(module.float_weights[key].shape)), key)
+            is_matrix = len(module.float_weights[key].shape) == 2
+            module.load_packed(_stacked([part.packed() for part in parts], is_matrix=is_matrix), key)
             module.sqnr_db[key] = min(part.sqnr_db for part in parts)
+            if scheme.quantization_type == "static":
+                module.set_input_scale(self._input_scale(name, key, found), key)
+
+    def _input_scale(self, name: str, key: str, found: Mapping[WeightKey, InputStatistics]) -> Tensor:
+        """One static scale, shared by the experts of a layer, so that one without tokens has one too."""
+        seen = [s for k, s in found.items() if (k.module, k.parameter) == (name, key) and s.rows + s.held_rows]
+        if not seen:
+            raise CalibrationError(
+                f"no calibration batch reached {name} ({key}); add data that does, or put it in skip_modules"
+            )
+        absmax = torch.stack([s.absmax.amax() for s in seen]).amax()
+        scale = choose_input_scale(torch.cat([s.sample for s in seen]), absmax, self.options.observer)
+        return scale_to_bits(scale)
 
     def _quantize_matrix(
         self, key: WeightKey, rows: Tensor, scheme: LayerScheme, found: Mapping[WeightKey, InputStatistics]
@@ -189,8 +232,8 @@ def _model_runner(model: nn.Module, batch: Any) -> Callable[[], None]:
     return lambda: run_batch(model, batch)
 
 
-def _stacked(parts: list[PackedWeight], *, rows: int) -> PackedWeight:
-    if rows == 2:
+def _stacked(parts: list[PackedWeight], *, is_matrix: bool) -> PackedWeight:
+    if is_matrix:
         return parts[0]
     zero = None if parts[0].weight_zero_point is None else torch.stack([p.weight_zero_point for p in parts])  # type: ignore[misc]
     return PackedWeight(torch.stack([p.weight for p in parts]), torch.stack([p.weight_scale for p in parts]), zero)

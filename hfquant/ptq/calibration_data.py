@@ -85,7 +85,9 @@ def prepare_calibration(data: Any, form: CalibrationFormat, tokenize: Tokenize |
     try:
         first = next(rows)
     except StopIteration:
-        raise CalibrationError("calibration_data is empty; give at least one batch, text or list of token ids") from None
+        raise CalibrationError(
+            "calibration_data is empty; give at least one batch, text or list of token ids"
+        ) from None
     rows = chain([first], rows)
     if _is_row(first):
         if not form.packed:
@@ -146,7 +148,7 @@ def _token_ids(row: Any, tokenize: Tokenize | None, form: CalibrationFormat) -> 
     if isinstance(row, str):
         if tokenize is None:
             raise CalibrationError(
-                "calibration_data holds texts and no tokenizer was found beside the model; pass tokenizer=, or token ids"
+                "calibration_data holds texts, which a plain module cannot take; give batches that it is called with"
             )
         row = tokenize(row)
     elif not _is_row(row):
@@ -183,7 +185,11 @@ def _batches(rows: list[Tensor], form: CalibrationFormat) -> list[dict[str, Tens
 
 
 def _tensors(batch: Any) -> Iterable[tuple[str, Tensor]]:
-    items = batch.items() if isinstance(batch, Mapping) else enumerate(batch if isinstance(batch, (list, tuple)) else [batch])
+    items = (
+        batch.items()
+        if isinstance(batch, Mapping)
+        else enumerate(batch if isinstance(batch, (list, tuple)) else [batch])
+    )
     return ((str(name), value) for name, value in items if isinstance(value, Tensor))
 
 

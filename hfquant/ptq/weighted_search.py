@@ -57,9 +57,7 @@ def _candidates(groups: Tensor, scheme: WeightScheme) -> "list[tuple[Tensor, Ten
     return candidates
 
 
-def _weighted_error(
-    groups: Tensor, scale: Tensor, zero_point: Tensor | None, importance: Tensor, bits: int
-) -> Tensor:
+def _weighted_error(groups: Tensor, scale: Tensor, zero_point: Tensor | None, importance: Tensor, bits: int) -> Tensor:
     smallest, largest = code_range(bits)
     step = scale.unsqueeze(-1)
     values = (groups / step).round_()
