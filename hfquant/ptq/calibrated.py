@@ -21,8 +21,11 @@ from hfquant.numerics.observers import choose_input_scale
 from hfquant.numerics.packing import PackedWeight
 from hfquant.ptq.blocks import Call, find_stacks, is_chain, quiet_model, record_calls
 from hfquant.ptq.calibrate import run_batch
+from hfquant.ptq.gptq import layer_loss
 from hfquant.ptq.quantize import quantize_modules_
 from hfquant.ptq.quantize_matrix import CALIBRATED, MatrixResult, quantize_matrix
+from hfquant.ptq.quantize_weight import decibels
+from hfquant.ptq.signround import Task, learn_rounding
 from hfquant.ptq.statistics import Collector, InputStatistics, WeightKey
 from hfquant.schemes import LayerScheme
 
@@ -142,20 +145,27 @@ class Calibration:
         chained = is_chain(self.model, stack, self.batches[0])
         calls = record_calls(self.model, stack, self.batches, pass_through=True) if chained else {}
         hidden: list[Tensor] = [call.hidden for call in calls[stack[0]]] if chained else []
+        learning = self.options.algorithm == "signround"
+        exact = hidden  # the same hidden states in a model that is not quantized
         for name in stack:
             if chained:
-                current = [call.with_hidden(h) for call, h in zip(calls.pop(name), hidden, strict=True)]
+                current = [call.with_hidden(h) for call, h in zip(calls[name], hidden, strict=True)]
             else:
                 current = record_calls(self.model, [name], self.batches, pass_through=False)[name]
             block = self.model.get_submodule(name)
-            layers = [layer for layer in inside if layer.startswith(f"{name}.")]
-            layers = [layer for layer in self.selection.schemes if layer in layers]  # in the model's order
+            layers = [layer for layer in self.selection.schemes if layer in inside and layer.startswith(f"{name}.")]
             runs = [_runner(call, block) for call in current]
             masks = self.masks if len(runs) == len(self.masks) else [None] * len(runs)
             with quiet_model(block):
-                self._quantize_layers_(layers, runs, masks)
+                if learning:
+                    ideal = current
+                    if chained:
+                        ideal = [call.with_hidden(h) for call, h in zip(calls[name], exact, strict=True)]
+                    exact = [call.run(block) for call in ideal]
+                self._quantize_layers_(layers, runs, masks, exact if learning else None)
                 if chained:
                     hidden = [call.run(block) for call in current]
+                    del calls[name]
             yield
 
     def _quantize_rest_(self, layers: list[str]) -> None:
@@ -163,38 +173,80 @@ class Calibration:
         if layers:
             runs = [_model_runner(self.model, batch) for batch in self.batches]
             with quiet_model(self.model):
-                self._quantize_layers_(layers, runs, self.masks)
+                self._quantize_layers_(layers, runs, self.masks, None)
 
     def _quantize_layers_(
-        self, layers: Sequence[str], runs: Sequence[Callable[[], Any]], masks: Sequence[Tensor | None]
+        self,
+        layers: Sequence[str],
+        runs: Sequence[Callable[[], Any]],
+        masks: Sequence[Tensor | None],
+        targets: Sequence[Tensor] | None,
     ) -> None:
+        """Quantize ``layers``, which ``runs`` make run; ``targets`` are what their block should return."""
         modules = {name: self.model.get_submodule(name) for name in layers}
         collector = Collector(modules, len(runs))
         with collector.attached():
             for run, mask in zip(runs, masks, strict=True):
                 collector.next_batch(mask)
                 run()
+        results = {name: self._quantize_layer(name, module, collector.found) for name, module in modules.items()}
+        if targets is not None:
+            tasks = [Task(run, y, mask) for run, y, mask in zip(runs, targets, masks, strict=True)]
+            self._learn_rounding(modules, results, tasks)
         for name, module in modules.items():
-            self._quantize_layer_(name, module, collector.found)
+            self._pack_(name, module, results[name], collector.found)
 
-    def _quantize_layer_(self, name: str, module: nn.Module, found: Mapping[WeightKey, InputStatistics]) -> None:
-        scheme = self.selection.schemes[name]
-        target = packed_class(module)
+    def _learn_rounding(
+        self, modules: Mapping[str, nn.Module], results: dict[str, dict[str, list[MatrixResult]]], tasks: list[Task]
+    ) -> None:
+        """Replace the results of linear layers that the data reached; fused experts keep theirs."""
+        start = {n: parts["weight"][0] for n, parts in results.items() if list(parts) == ["weight"]}
+        start = {name: result for name, result in start.items() if result.losses}
+        if start and tasks:
+            options = self.options
+            made = learn_rounding(modules, start, tasks, iterations=options.iterations, seed=options.seed)
+            results |= {name: {"weight": [result]} for name, result in made.items()}
+
+    def _quantize_layer(
+        self, name: str, module: nn.Module, found: Mapping[WeightKey, InputStatistics]
+    ) -> dict[str, list[MatrixResult]]:
+        """The codes of each parameter of one layer, for each expert."""
+        target, scheme = packed_class(module), self.selection.schemes[name]
         assert target is not None
-        results: dict[str, list[MatrixResult]] = {}
+        results = {}
         for key, weight in target.weights_of(module).items():
             rows = weight.to_rows(module.get_parameter(key))
-            experts = range(rows.shape[0]) if rows.ndim == 3 else (None,)
+            parts = [(WeightKey(name, key), rows)]
+            if rows.ndim == 3:
+                parts = [(WeightKey(name, key, expert), rows[expert]) for expert in range(rows.shape[0])]
+            algorithm = self.options.algorithm
             results[key] = [
-                self._quantize_matrix(WeightKey(name, key, e), rows if e is None else rows[e], scheme, found)
-                for e in experts
+                quantize_matrix(values, scheme.weight, found.get(k), algorithm=algorithm, name=str(k))
+                for k, values in parts
             ]
+        return results
+
+    def _pack_(
+        self,
+        name: str,
+        module: nn.Module,
+        results: Mapping[str, list[MatrixResult]],
+        found: Mapping[WeightKey, InputStatistics],
+    ) -> None:
+        """Put the packed module in place of the float one, and write down how."""
+        target, scheme = packed_class(module), self.selection.schemes[name]
+        assert target is not None
+        originals = {key: w.to_rows(module.get_parameter(key)) for key, w in target.weights_of(module).items()}
         target.swap_(module, scheme)
         assert isinstance(module, PackedModule)
         for key, parts in results.items():
-            is_matrix = len(module.float_weights[key].shape) == 2
+            rows = originals[key] if originals[key].ndim == 3 else originals[key].unsqueeze(0)
+            for expert, (part, original) in enumerate(zip(parts, rows, strict=True)):
+                weight = WeightKey(name, key, expert if len(parts) > 1 else None)
+                self.results.append(layer_result(str(weight), scheme, part, original, found.get(weight)))
+            is_matrix = originals[key].ndim == 2
             module.load_packed(_stacked([part.packed() for part in parts], is_matrix=is_matrix), key)
-            module.sqnr_db[key] = min(part.sqnr_db for part in parts)
+            module.sqnr_db[key] = min(result.sqnr_db for result in self.results[-len(parts) :])
             if scheme.quantization_type == "static":
                 module.set_input_scale(self._input_scale(name, key, found), key)
 
@@ -209,19 +261,19 @@ class Calibration:
         scale = choose_input_scale(torch.cat([s.sample for s in seen]), absmax, self.options.observer)
         return scale_to_bits(scale)
 
-    def _quantize_matrix(
-        self, key: WeightKey, rows: Tensor, scheme: LayerScheme, found: Mapping[WeightKey, InputStatistics]
-    ) -> MatrixResult:
-        statistics = found.get(key)
-        result = quantize_matrix(rows, scheme.weight, statistics, algorithm=self.options.algorithm, name=str(key))
-        seen = 0 if statistics is None else statistics.rows + statistics.held_rows
-        self.results.append(
-            LayerResult(
-                str(key), str(scheme), result.method, result.sqnr_db, result.output_sqnr_db, seen, result.losses,
-                result.note,
-            )
-        )  # fmt: skip
-        return result
+
+def layer_result(
+    name: str, scheme: LayerScheme, result: MatrixResult, original: Tensor, statistics: InputStatistics | None
+) -> LayerResult:
+    """Measure what became of ``original [N, K]``."""
+    weight = original.float()
+    error = result.grid.nearest(result.weight) - weight
+    output, rows = None, 0
+    if statistics is not None and statistics.rows + statistics.held_rows:
+        moments, rows = statistics.judging(), statistics.rows + statistics.held_rows
+        output = decibels(layer_loss(weight, moments), layer_loss(error, moments))
+    sqnr = decibels(float(weight.square().sum()), float(error.square().sum()))
+    return LayerResult(name, str(scheme), result.method, sqnr, output, rows, dict(result.losses), result.note)
 
 
 def _runner(call: Call, block: nn.Module) -> Callable[[], Tensor]:

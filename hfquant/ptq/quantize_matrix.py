@@ -8,7 +8,7 @@ from torch import Tensor
 from hfquant.numerics.affine import scale_to_bits, split_groups
 from hfquant.numerics.packing import PackedWeight, pack
 from hfquant.ptq.gptq import Grid, gptq, layer_loss
-from hfquant.ptq.quantize_weight import ALGORITHMS, CHUNK_WEIGHTS, check_finite, decibels
+from hfquant.ptq.quantize_weight import ALGORITHMS, CHUNK_WEIGHTS, check_finite
 from hfquant.ptq.statistics import InputStatistics
 from hfquant.ptq.weighted_search import choose_weighted
 from hfquant.schemes import WeightScheme
@@ -30,8 +30,6 @@ class MatrixResult:
         weight: What is rounded to the grid ``[N, K]``: the original, or GPTQ's compensated weights.
         method: ``"rtn"``, ``"search"``, ``"weighted"``, ``"gptq"`` or ``"signround"``.
         losses: Method -> squared error of the layer's output on held-out rows, for the methods that were tried.
-        sqnr_db: Of the weight.
-        output_sqnr_db: Of the layer's output on held-out rows; ``None`` without inputs.
         note: Anything a reader of the report should know.
     """
 
@@ -39,8 +37,6 @@ class MatrixResult:
     weight: Tensor
     method: str
     losses: dict[str, float] = field(default_factory=dict)
-    sqnr_db: float = float("nan")
-    output_sqnr_db: float | None = None
     note: str = ""
 
     def packed(self) -> PackedWeight:
@@ -73,20 +69,20 @@ def quantize_matrix(
     if algorithm not in CALIBRATED or unseen:
         plain = algorithm if algorithm not in CALIBRATED else "search"
         note = "no calibration data reached it" if unseen and algorithm in CALIBRATED else ""
-        return _measured(rows, _grid(rows, scheme, plain, None), rows, plain, statistics, {}, note)
+        return MatrixResult(_grid(rows, scheme, plain, None), rows, plain, {}, note)
     assert statistics is not None
     importance = (statistics.hessian if statistics.rows else statistics.held_out).diagonal()
     grid = _grid(rows, scheme, "weighted", importance)
     losses = {"weighted": layer_loss(grid.nearest(rows) - rows, statistics.judging())}
     if statistics.rows * FEWEST_ROWS < rows.shape[1]:
         note = f"only {statistics.rows} rows of calibration data reached it"
-        return _measured(rows, grid, rows, "weighted", statistics, losses, note)
+        return MatrixResult(grid, rows, "weighted", losses, note)
     made = gptq(rows, grid, statistics.hessian, name=name)
     losses["gptq"] = layer_loss(grid.nearest(made.weight) - rows, statistics.judging())
     note = f"damping {made.damping}" if made.damping > 0.01 else ""
     if losses["gptq"] < losses["weighted"]:
-        return _measured(rows, grid, made.weight, "gptq", statistics, losses, note)
-    return _measured(rows, grid, rows, "weighted", statistics, losses, "GPTQ was worse on held-out rows")
+        return MatrixResult(grid, made.weight, "gptq", losses, note)
+    return MatrixResult(grid, rows, "weighted", losses, "GPTQ was worse on held-out rows")
 
 
 def _grid(rows: Tensor, scheme: WeightScheme, method: str, importance: Tensor | None) -> Grid:
@@ -104,21 +100,3 @@ def _grid(rows: Tensor, scheme: WeightScheme, method: str, importance: Tensor | 
         zeros.append(zero)
     zero_point = None if scheme.symmetric else torch.cat([zero for zero in zeros if zero is not None])
     return Grid(torch.cat(scales), zero_point, size, scheme.bits)
-
-
-def _measured(
-    rows: Tensor,
-    grid: Grid,
-    rounded: Tensor,
-    method: str,
-    statistics: InputStatistics | None,
-    losses: dict[str, float],
-    note: str,
-) -> MatrixResult:
-    error = grid.nearest(rounded) - rows
-    signal, noise = float(rows.square().sum(dtype=torch.float64)), float(error.square().sum(dtype=torch.float64))
-    output = None
-    if statistics is not None and statistics.rows + statistics.held_rows:
-        moments = statistics.judging()
-        output = decibels(layer_loss(rows, moments), layer_loss(error, moments))
-    return MatrixResult(grid, rounded, method, losses, decibels(signal, noise), output, note)
