@@ -122,6 +122,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.hfquant_version: Any = record.pop("hfquant_version", None)
         self.save_id: Any = record.pop("save_id", None)
         self.requested: dict[str, Any] = {}
+        self.resume: Any = record.pop("resume", None)  # a store for finished weights, while from_pretrained runs
         if record.pop("quant_method", QUANT_METHOD) != QUANT_METHOD:
             raise ConfigError(f"quant_method: expected {QUANT_METHOD!r}")
         for name in record:
@@ -184,7 +185,7 @@ class HfQuantConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The fields for ``config.json``: what is set, without what only matters while loading."""
         fields = super().to_dict()
-        hidden = (*LOAD_ONLY_FIELDS, "requested")
+        hidden = (*LOAD_ONLY_FIELDS, "requested", "resume")
         return {key: value for key, value in fields.items() if value is not None and key not in hidden}
 
     def get_loading_attributes(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.hf.roles import tie_companions
 from hfquant.nn.select import Selection
 from hfquant.nn.swap import packed_modules, restore_modules_
-from hfquant.ptq.calibrated import calibrate_
+from hfquant.ptq.calibrated import Store, calibrate_
 from hfquant.ptq.quantize import quantize_modules_
 from hfquant.ptq.quantize_matrix import CALIBRATED
 
@@ -33,6 +33,7 @@ def quantize_model_ptq(
     *,
     calibration_data: Any = None,
     tokenizer: Any = None,
+    resume: Store | None = None,
     progress: bool = True,
     **overrides: Any,
 ) -> Model:
@@ -48,6 +49,7 @@ def quantize_model_ptq(
             file, texts, lists of token ids, a ``datasets.Dataset`` with ``text`` or ``input_ids``, or batches that the
             model is called with (a DataLoader, mappings of its arguments, tuples, or tensors).
         tokenizer: For texts; ``None`` takes the one beside the model.
+        resume: Keeps finished blocks of a calibrated run (``formats/resume.py``); the command line makes one.
         progress: Show progress bars.
         **overrides: Fields of ``HfQuantConfig`` that replace those of ``config``; ``quantization_bits=4`` alone works.
 
@@ -74,7 +76,7 @@ def quantize_model_ptq(
     if needed:
         data = read_calibration_data(model, calibration_data, config, tokenizer)
         options = calibration_options(config, progress=progress)
-        quantizer.results = calibrate_(model, selection, data.batches, options)
+        quantizer.results = calibrate_(model, selection, data.batches, options, resume)
         config.calibration = data.record()
     else:
         quantize_modules_(model, selection, algorithm=config.resolved_algorithm, progress=progress)

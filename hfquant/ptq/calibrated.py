@@ -5,8 +5,8 @@ between two blocks are kept, never the activations of more than one block.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from hfquant.ptq.calibrate import run_batch
 from hfquant.ptq.gptq import layer_loss
 from hfquant.ptq.quantize import quantize_modules_
 from hfquant.ptq.quantize_matrix import CALIBRATED, MatrixResult, quantize_matrix
-from hfquant.ptq.quantize_weight import decibels
+from hfquant.ptq.quantize_weight import check_finite, decibels
 from hfquant.ptq.signround import Task, learn_rounding
 from hfquant.ptq.statistics import Collector, InputStatistics, WeightKey
 from hfquant.schemes import LayerScheme
@@ -49,6 +49,16 @@ class CalibrationOptions:
     smoothquant: bool = True
     seed: int = 0
     progress: bool = True
+
+
+class Store(Protocol):
+    """Keeps finished blocks, so that an interrupted run can go on."""
+
+    def load(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What was saved as ``part``, if it was."""
+
+    def save(self, part: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Keep ``part``."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,11 @@ class LayerResult:
 
 
 def calibrate_(
-    model: nn.Module, selection: Selection, batches: Sequence[Any], options: CalibrationOptions
+    model: nn.Module,
+    selection: Selection,
+    batches: Sequence[Any],
+    options: CalibrationOptions,
+    store: Store | None = None,
 ) -> list[LayerResult]:
     """Quantize everything in ``selection`` in place, on what ``batches`` make each layer see.
 
@@ -86,6 +100,7 @@ def calibrate_(
         selection: What to quantize, and how.
         batches: What the model is called with.
         options: How to calibrate.
+        store: Keeps finished blocks, and has those of an interrupted run.
 
     Returns:
         How each weight was quantized.
@@ -94,7 +109,7 @@ def calibrate_(
         CalibrationError: If activations are not finite, or a static layer was never reached.
         SchemeError: If a weight holds NaN or infinity.
     """
-    calibration = Calibration(model, selection, batches, options)
+    calibration = Calibration(model, selection, batches, options, store)
     calibration.run_()
     return calibration.results
 
@@ -107,9 +122,15 @@ class Calibration:
     """
 
     def __init__(
-        self, model: nn.Module, selection: Selection, batches: Sequence[Any], options: CalibrationOptions
+        self,
+        model: nn.Module,
+        selection: Selection,
+        batches: Sequence[Any],
+        options: CalibrationOptions,
+        store: Store | None = None,
     ) -> None:
         self.model, self.selection, self.batches, self.options = model, selection, batches, options
+        self.store = store
         self.masks = [_padding_mask(batch) for batch in batches]
         self.results: list[LayerResult] = []
 
@@ -162,11 +183,46 @@ class Calibration:
                     if chained:
                         ideal = [call.with_hidden(h) for call, h in zip(calls[name], exact, strict=True)]
                     exact = [call.run(block) for call in ideal]
-                self._quantize_layers_(layers, runs, masks, exact if learning else None)
+                if not self._restored_(name, block, layers):
+                    self._quantize_layers_(layers, runs, masks, exact if learning else None)
+                    self._keep(name, block, layers)
                 if chained:
                     hidden = [call.run(block) for call in current]
                     del calls[name]
             yield
+
+    def _restored_(self, name: str, block: nn.Module, layers: Sequence[str]) -> bool:
+        """Whether the block was finished by an interrupted run, and is now as that run left it."""
+        found = None if self.store is None else self.store.load(name)
+        if found is None:
+            return False
+        tensors, record = found
+        for layer in layers:
+            module, target = self.model.get_submodule(layer), packed_class(self.model.get_submodule(layer))
+            assert target is not None
+            self.selection.schemes[layer] = LayerScheme.parse(record["schemes"][layer])
+            target.swap_(module, self.selection.schemes[layer])
+            assert isinstance(module, PackedModule)
+            module.sqnr_db = record["sqnr_db"][layer]
+        for key, tensor in tensors.items():
+            owner, _, parameter = key.rpartition(".")
+            module, old = block.get_submodule(owner), block.get_submodule(owner)._parameters[parameter]
+            assert old is not None
+            module._parameters[parameter] = nn.Parameter(tensor.to(old.device), requires_grad=old.requires_grad)
+        self.results += [LayerResult(**result) for result in record["results"]]
+        return True
+
+    def _keep(self, name: str, block: nn.Module, layers: Sequence[str]) -> None:
+        if self.store is None:
+            return
+        modules = {layer: self.model.get_submodule(layer) for layer in layers}
+        results = [r for r in self.results if any(r.name.startswith(f"{layer}.") for layer in layers)]
+        record = {
+            "schemes": {layer: str(self.selection.schemes[layer]) for layer in layers},
+            "sqnr_db": {layer: module.sqnr_db for layer, module in modules.items()},
+            "results": [asdict(result) for result in results],
+        }
+        self.store.save(name, dict(block.named_parameters()), record)
 
     def _quantize_rest_(self, layers: list[str]) -> None:
         """Layers outside of all stacks, on one pass of the whole model."""
@@ -184,6 +240,8 @@ class Calibration:
     ) -> None:
         """Quantize ``layers``, which ``runs`` make run; ``targets`` are what their block should return."""
         modules = {name: self.model.get_submodule(name) for name in layers}
+        for name, module in modules.items():
+            _check_weights(name, module)
         collector = Collector(modules, len(runs))
         with collector.attached():
             for run, mask in zip(runs, masks, strict=True):
@@ -282,6 +340,13 @@ def _runner(call: Call, block: nn.Module) -> Callable[[], Tensor]:
 
 def _model_runner(model: nn.Module, batch: Any) -> Callable[[], None]:
     return lambda: run_batch(model, batch)
+
+
+def _check_weights(name: str, module: nn.Module) -> None:
+    target = packed_class(module)
+    assert target is not None
+    for key in target.weights_of(module):
+        check_finite(module.get_parameter(key), f"{name}.{key}")
 
 
 def _stacked(parts: list[PackedWeight], *, is_matrix: bool) -> PackedWeight:

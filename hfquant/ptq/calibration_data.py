@@ -81,7 +81,7 @@ def prepare_calibration(data: Any, form: CalibrationFormat, tokenize: Tokenize |
         CalibrationError: If there is nothing in it, it holds texts and there is no tokenizer, an id is outside of the
             vocabulary, or it is none of the above.
     """
-    rows = _rows(data)
+    rows = _rows(data, packed=form.packed)
     try:
         first = next(rows)
     except StopIteration:
@@ -98,9 +98,10 @@ def prepare_calibration(data: Any, form: CalibrationFormat, tokenize: Tokenize |
     return CalibrationSet(tuple(batches), _count_tokens(batches), content_sha256(batches), form.seed)
 
 
-def _rows(data: Any) -> Any:
+def _rows(data: Any, *, packed: bool) -> Any:
     if isinstance(data, (str, Path)):
-        return iter([_read_text(Path(data))])
+        text = _read_text(Path(data))
+        return iter([text] if packed else [line for line in text.splitlines() if line.strip()])
     if isinstance(data, Mapping):
         raise CalibrationError("calibration_data is one mapping; put batches into a list: [batch]")
     if hasattr(data, "column_names"):

@@ -8,7 +8,7 @@ from torch import Tensor
 from hfquant.numerics.affine import scale_to_bits, split_groups
 from hfquant.numerics.packing import PackedWeight, pack
 from hfquant.ptq.gptq import Grid, gptq, layer_loss
-from hfquant.ptq.quantize_weight import ALGORITHMS, CHUNK_WEIGHTS, check_finite
+from hfquant.ptq.quantize_weight import ALGORITHMS, CHUNK_WEIGHTS
 from hfquant.ptq.statistics import InputStatistics
 from hfquant.ptq.weighted_search import choose_weighted
 from hfquant.schemes import WeightScheme
@@ -60,11 +60,9 @@ def quantize_matrix(
         name: For errors.
 
     Raises:
-        SchemeError: If the weight holds NaN or infinity.
         CalibrationError: If the inputs' second moments cannot be used.
     """
     rows = weight.detach().float()
-    check_finite(rows, name)
     unseen = statistics is None or statistics.rows + statistics.held_rows == 0
     if algorithm not in CALIBRATED or unseen:
         plain = algorithm if algorithm not in CALIBRATED else "search"
@@ -79,8 +77,9 @@ def quantize_matrix(
         return MatrixResult(grid, rows, "weighted", losses, note)
     made = gptq(rows, grid, statistics.hessian, name=name)
     losses["gptq"] = layer_loss(grid.nearest(made.weight) - rows, statistics.judging())
+    own = [layer_loss(grid.nearest(w) - rows, statistics.hessian) for w in (made.weight, rows)]
     note = f"damping {made.damping}" if made.damping > 0.01 else ""
-    if losses["gptq"] < losses["weighted"]:
+    if losses["gptq"] < losses["weighted"] and own[0] <= own[1]:
         return MatrixResult(grid, made.weight, "gptq", losses, note)
     return MatrixResult(grid, rows, "weighted", losses, "GPTQ was worse on held-out rows")
 
