@@ -13,6 +13,7 @@ from hfquant.errors import (
 from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.info import QuantizationInfo, get_quantization_info
 from hfquant.hf.plain_module import load_quantized, save_quantized
+from hfquant.hf.plan import plan_quantization
 from hfquant.hf.quantize import dequantize_model, quantize_model_ptq
 
 
@@ -28,6 +29,7 @@ __all__ = [
     "dequantize_model",
     "get_quantization_info",
     "load_quantized",
+    "plan_quantization",
     "quantize_model_ptq",
     "save_quantized",
 ]

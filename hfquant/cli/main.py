@@ -10,12 +10,16 @@ from hfquant.cli.generate import generate
 from hfquant.cli.info import info
 from hfquant.cli.kernels import kernels
 from hfquant.cli.output import reporting_errors
+from hfquant.cli.plan import plan
 from hfquant.cli.quantize import quantize
+from hfquant.cli.report import report
 
 
 VERBS: dict[str, Callable[..., None]] = {
+    "plan": plan,
     "quantize": quantize,
     "info": info,
+    "report": report,
     "evaluate": evaluate,
     "generate": generate,
     "dequantize": dequantize,

@@ -1,7 +1,10 @@
 """``hfquant quantize``: a float checkpoint to a quantized one."""
 
+import math
+import resource
 import shutil
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,16 +13,25 @@ import typer
 from transformers import PreTrainedModel
 
 from hfquant.cli.config_file import load_config_file
-from hfquant.cli.models import check_output, copy_companion_files, folder_bytes, load_model, read_config
+from hfquant.cli.models import (
+    check_output,
+    copy_companion_files,
+    folder_bytes,
+    load_language_model,
+    load_model,
+    read_config,
+)
 from hfquant.cli.output import print_result
-from hfquant.cli.text import load_tokenizer, read_text
+from hfquant.cli.text import load_tokenizer, read_text, text_tokens
 from hfquant.errors import CalibrationError, ConfigError
+from hfquant.evaluation.report import measure_quality, write_report
 from hfquant.formats.headers import canonicalize_header
 from hfquant.formats.resume import ResumeFolder, run_fingerprint
 from hfquant.formats.staging import staged_folder
 from hfquant.hf.config import HfQuantConfig
-from hfquant.hf.info import get_quantization_info
+from hfquant.hf.info import QuantizationInfo, get_quantization_info
 from hfquant.hf.quantize import quantize_model_ptq
+from hfquant.ptq.layer_result import LayerResult
 from hfquant.ptq.quantize_matrix import CALIBRATED
 
 
@@ -38,6 +50,8 @@ def quantize(
     calibration: Annotated[Path | None, typer.Option(help="Text file to calibrate on.")] = None,
     calibration_batches: Annotated[int | None, typer.Option(min=1, help="Windows to calibrate on (128).")] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Of signround (200).")] = None,
+    evaluate: Annotated[Path | None, typer.Option(help="Text file: measure quality on it, for the report.")] = None,
+    evaluate_tokens: Annotated[int, typer.Option(min=2, help="Tokens of it to measure on.")] = 8192,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything that is chosen at random.")] = None,
     dtype: Annotated[str, typer.Option(help="Of what stays float: auto, float32, bfloat16, float16.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
@@ -66,7 +80,12 @@ def quantize(
     _check_request(model, settings, calibration)
     resume = _resume_folder(model, output, fields, dtype, calibration)
     quantized = _load_quantized(model, settings, dtype, calibration, resume)
+    report = quality_report(quantized, model, time.perf_counter() - started)
+    if evaluate is not None:
+        ids = text_tokens(load_tokenizer(model), read_text(evaluate))[:evaluate_tokens]
+        report["quality"] = measure_quality(load_language_model(model), quantized, ids)
     with staged_folder(output) as folder:
+        write_report(report, folder)
         quantized.save_pretrained(folder, max_shard_size=max_shard_size)
         for file in folder.glob("*.safetensors"):
             canonicalize_header(file)
@@ -123,6 +142,38 @@ def _load_quantized(
         tokenizer=load_tokenizer(model),
         resume=resume,
     )
+
+
+def quality_report(quantized: PreTrainedModel, model: str, seconds: float) -> dict[str, Any]:
+    """How each layer of ``quantized`` came about, and what the run took; without figures of quality."""
+    info, quantizer = get_quantization_info(quantized), quantized.hf_quantizer
+    parameters = {q.name: q for q in info.quantized}
+    layers = [asdict(result) for result in quantizer.results]
+    known = {layer["name"].partition("[")[0] for layer in layers}
+    for name, parameter in parameters.items():
+        if name not in known and not parameter.tied_to:
+            row = LayerResult(name, parameter.scheme, str(_data_free(info)), parameter.sqnr_db or math.nan, None, 0)
+            layers.append(asdict(row))
+    for layer in layers:
+        parameter = parameters[layer["name"].partition("[")[0]]
+        layer["bits_per_weight"] = 8 * parameter.bytes_after / max(1, parameter.numel)
+    return {
+        "model": Path(model).name,
+        "algorithm": info.algorithm,
+        "layers": layers,
+        "kept": {kept.name: kept.reason for kept in info.kept},
+        "bytes_before": info.bytes_before,
+        "bytes_after": info.bytes_after,
+        "bits_per_weight": info.bits_per_weight,
+        "coverage": info.coverage,
+        "calibration": quantizer.quantization_config.calibration,
+        "seconds": seconds,
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _data_free(info: QuantizationInfo) -> str:
+    return "search" if info.algorithm in CALIBRATED else str(info.algorithm)
 
 
 def _summary(model: PreTrainedModel, output: Path, seconds: float) -> dict[str, Any]:

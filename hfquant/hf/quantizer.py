@@ -24,7 +24,7 @@ from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.select import ASKED, Selection, has_expert_weights, select_modules, unmatched_patterns
 from hfquant.nn.swap import packed_modules, restore_modules_, swap_modules_
 from hfquant.numerics.packing import PackedWeight
-from hfquant.ptq.calibrated import LayerResult
+from hfquant.ptq.layer_result import LayerResult
 from hfquant.ptq.quantize_matrix import CALIBRATED
 from hfquant.ptq.quantize_weight import QuantizedWeight, quantize_weight
 from hfquant.schemes import WeightScheme

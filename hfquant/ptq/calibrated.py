@@ -5,7 +5,7 @@ between two blocks are kept, never the activations of more than one block.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,14 +18,14 @@ from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.select import Selection, packed_class
 from hfquant.numerics.affine import scale_to_bits
 from hfquant.numerics.observers import choose_input_scale
-from hfquant.numerics.packing import PackedWeight
 from hfquant.ptq.blocks import Call, find_stacks, is_chain, quiet_model, record_calls
 from hfquant.ptq.calibrate import run_batch
-from hfquant.ptq.gptq import layer_loss
+from hfquant.ptq.layer_result import LayerResult, layer_result, settle_scheme, stacked
 from hfquant.ptq.quantize import quantize_modules_
 from hfquant.ptq.quantize_matrix import CALIBRATED, MatrixResult, quantize_matrix
-from hfquant.ptq.quantize_weight import check_finite, decibels
+from hfquant.ptq.quantize_weight import check_finite
 from hfquant.ptq.signround import Task, learn_rounding
+from hfquant.ptq.smoothquant import find_folds, smooth_
 from hfquant.ptq.statistics import Collector, InputStatistics, WeightKey
 from hfquant.schemes import LayerScheme
 
@@ -61,31 +61,6 @@ class Store(Protocol):
         """Keep ``part``."""
 
 
-@dataclass(frozen=True)
-class LayerResult:
-    """How one weight matrix was quantized, for the report.
-
-    Attributes:
-        name: Of the parameter; with ``[expert]`` behind it where there are several.
-        scheme: As in ``int4-g64``.
-        method: What its codes come from.
-        sqnr_db: Of the weight.
-        output_sqnr_db: Of the layer's output on held-out tokens.
-        rows: Calibration rows that reached it.
-        losses: Method -> squared error of its output on held-out rows.
-        note: What a reader should know.
-    """
-
-    name: str
-    scheme: str
-    method: str
-    sqnr_db: float
-    output_sqnr_db: float | None
-    rows: int
-    losses: dict[str, float] = field(default_factory=dict)
-    note: str = ""
-
-
 def calibrate_(
     model: nn.Module,
     selection: Selection,
@@ -119,6 +94,7 @@ class Calibration:
 
     Attributes:
         results: What was done so far, by layer.
+        alphas: Layer -> share of the outliers of its inputs that SmoothQuant moved into its weights.
     """
 
     def __init__(
@@ -133,6 +109,7 @@ class Calibration:
         self.store = store
         self.masks = [_padding_mask(batch) for batch in batches]
         self.results: list[LayerResult] = []
+        self.alphas: dict[str, float] = {}
 
     @torch.no_grad()
     def run_(self) -> None:
@@ -184,7 +161,7 @@ class Calibration:
                         ideal = [call.with_hidden(h) for call, h in zip(calls[name], exact, strict=True)]
                     exact = [call.run(block) for call in ideal]
                 if not self._restored_(name, block, layers):
-                    self._quantize_layers_(layers, runs, masks, exact if learning else None)
+                    self._quantize_layers_(layers, runs, masks, exact if learning else None, block)
                     self._keep(name, block, layers)
                 if chained:
                     hidden = [call.run(block) for call in current]
@@ -229,7 +206,7 @@ class Calibration:
         if layers:
             runs = [_model_runner(self.model, batch) for batch in self.batches]
             with quiet_model(self.model):
-                self._quantize_layers_(layers, runs, self.masks, None)
+                self._quantize_layers_(layers, runs, self.masks, None, None)
 
     def _quantize_layers_(
         self,
@@ -237,6 +214,7 @@ class Calibration:
         runs: Sequence[Callable[[], Any]],
         masks: Sequence[Tensor | None],
         targets: Sequence[Tensor] | None,
+        block: nn.Module | None,
     ) -> None:
         """Quantize ``layers``, which ``runs`` make run; ``targets`` are what their block should return."""
         modules = {name: self.model.get_submodule(name) for name in layers}
@@ -247,12 +225,28 @@ class Calibration:
             for run, mask in zip(runs, masks, strict=True):
                 collector.next_batch(mask)
                 run()
+        self._smooth_(block, runs, modules, collector.found)
         results = {name: self._quantize_layer(name, module, collector.found) for name, module in modules.items()}
         if targets is not None:
             tasks = [Task(run, y, mask) for run, y, mask in zip(runs, targets, masks, strict=True)]
             self._learn_rounding(modules, results, tasks)
         for name, module in modules.items():
             self._pack_(name, module, results[name], collector.found)
+
+    def _smooth_(
+        self,
+        block: nn.Module | None,
+        runs: Sequence[Callable[[], Any]],
+        modules: Mapping[str, nn.Module],
+        found: Mapping[WeightKey, InputStatistics],
+    ) -> None:
+        """Move outliers of INT8 activations into the weights of one block, where that is exact."""
+        linear = {n: m for n, m in modules.items() if WeightKey(n, "weight") in found}
+        schemes = self.selection.schemes
+        if block is None or not self.options.smoothquant or all(schemes[name].activation is None for name in linear):
+            return
+        folds = find_folds(block, runs[0], linear)
+        self.alphas |= smooth_(folds, linear, schemes, found, self.options.observer)
 
     def _learn_rounding(
         self, modules: Mapping[str, nn.Module], results: dict[str, dict[str, list[MatrixResult]]], tasks: list[Task]
@@ -295,15 +289,18 @@ class Calibration:
         target, scheme = packed_class(module), self.selection.schemes[name]
         assert target is not None
         originals = {key: w.to_rows(module.get_parameter(key)) for key, w in target.weights_of(module).items()}
+        scheme, note = settle_scheme(scheme, originals, results, found, name, self.options.observer)
+        self.selection.schemes[name] = scheme
         target.swap_(module, scheme)
         assert isinstance(module, PackedModule)
         for key, parts in results.items():
             rows = originals[key] if originals[key].ndim == 3 else originals[key].unsqueeze(0)
             for expert, (part, original) in enumerate(zip(parts, rows, strict=True)):
                 weight = WeightKey(name, key, expert if len(parts) > 1 else None)
-                self.results.append(layer_result(str(weight), scheme, part, original, found.get(weight)))
+                noted = replace(part, note="; ".join(filter(None, (part.note, note))))
+                self.results.append(layer_result(str(weight), scheme, noted, original, found.get(weight)))
             is_matrix = originals[key].ndim == 2
-            module.load_packed(_stacked([part.packed() for part in parts], is_matrix=is_matrix), key)
+            module.load_packed(stacked([part.packed() for part in parts], is_matrix=is_matrix), key)
             module.sqnr_db[key] = min(result.sqnr_db for result in self.results[-len(parts) :])
             if scheme.quantization_type == "static":
                 module.set_input_scale(self._input_scale(name, key, found), key)
@@ -320,20 +317,6 @@ class Calibration:
         return scale_to_bits(scale)
 
 
-def layer_result(
-    name: str, scheme: LayerScheme, result: MatrixResult, original: Tensor, statistics: InputStatistics | None
-) -> LayerResult:
-    """Measure what became of ``original [N, K]``."""
-    weight = original.float()
-    error = result.grid.nearest(result.weight) - weight
-    output, rows = None, 0
-    if statistics is not None and statistics.rows + statistics.held_rows:
-        moments, rows = statistics.judging(), statistics.rows + statistics.held_rows
-        output = decibels(layer_loss(weight, moments), layer_loss(error, moments))
-    sqnr = decibels(float(weight.square().sum()), float(error.square().sum()))
-    return LayerResult(name, str(scheme), result.method, sqnr, output, rows, dict(result.losses), result.note)
-
-
 def _runner(call: Call, block: nn.Module) -> Callable[[], Tensor]:
     return lambda: call.run(block)
 
@@ -347,13 +330,6 @@ def _check_weights(name: str, module: nn.Module) -> None:
     assert target is not None
     for key in target.weights_of(module):
         check_finite(module.get_parameter(key), f"{name}.{key}")
-
-
-def _stacked(parts: list[PackedWeight], *, is_matrix: bool) -> PackedWeight:
-    if is_matrix:
-        return parts[0]
-    zero = None if parts[0].weight_zero_point is None else torch.stack([p.weight_zero_point for p in parts])  # type: ignore[misc]
-    return PackedWeight(torch.stack([p.weight for p in parts]), torch.stack([p.weight_scale for p in parts]), zero)
 
 
 def _padding_mask(batch: Any) -> Tensor | None:

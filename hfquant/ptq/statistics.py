@@ -86,6 +86,13 @@ class InputStatistics:
             step = max(1, x.shape[0] // sample_rows)
             self.sample = torch.cat((self.sample, x[::step][:sample_rows].clone()))
 
+    def rescale_(self, factors: Tensor) -> None:
+        """The inputs are from now on divided by ``factors [K]``."""
+        for moments in (self.hessian, self.held_out):
+            moments.div_(factors).div_(factors.unsqueeze(1))
+        self.absmax = self.absmax / factors
+        self.sample = self.sample / factors
+
     def judging(self) -> Tensor:
         """The moments to judge by, ``[K, K]``: of held out rows where there are some."""
         return self.held_out if self.held_rows else self.hessian

@@ -54,7 +54,7 @@ def test_saves_what_from_pretrained_gives(float_model: Path, tmp_path: Path, run
 
 
 def test_tokenizer_and_licence_go_along_byte_for_byte(float_model: Path, quantized_model: Path) -> None:
-    written = {"config.json", "generation_config.json", "model.safetensors"}
+    written = {"config.json", "generation_config.json", "model.safetensors", "quality_report.json"}
     copied = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"}
     assert names(quantized_model) == written | copied
     for name in copied:

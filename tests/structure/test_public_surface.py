@@ -22,6 +22,7 @@ PUBLIC = [
     "dequantize_model",
     "get_quantization_info",
     "load_quantized",
+    "plan_quantization",
     "quantize_model_ptq",
     "save_quantized",
 ]
