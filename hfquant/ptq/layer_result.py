@@ -94,10 +94,8 @@ def settle_scheme(
         ratios.append(decibels(signal, noise))
     if ratios[0] >= LOWEST_STATIC_DB or ratios[1] <= ratios[0]:
         return scheme, ""
-    return (
-        dynamic,
-        f"static activations gave {ratios[0]:.1f} dB, below {LOWEST_STATIC_DB:g}; dynamic give {ratios[1]:.1f}",
-    )
+    given = f"static activations gave {ratios[0]:.1f} dB, below {LOWEST_STATIC_DB:g}"
+    return dynamic, f"{given}; dynamic give {ratios[1]:.1f}"
 
 
 def stacked(parts: list[PackedWeight], *, is_matrix: bool) -> PackedWeight:

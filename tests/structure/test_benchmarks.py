@@ -36,3 +36,14 @@ def test_gpu_benchmark_up_to_the_first_call_to_cuda(
     assert len(rows) > 50
     assert all(row["ok"] for row in rows), [row["check"] for row in rows if not row["ok"]]
     assert gpu.table([{"N": 1, "us": 2.5}]) == "| N | us |\n| --- | --- |\n| 1 | 2.50 |"
+
+
+def test_ptq_at_smoke_size(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("ptq", BENCHMARKS / "ptq.py")
+    ptq = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ptq)
+    rows = {row["method"]: row for row in ptq.main(["--smoke"])["rows"]}
+    assert set(rows) == {"rtn", "search", "gptq", "signround"}
+    assert all(row["perplexity"] > 1 for row in rows.values())
+    assert "| gptq |" in capsys.readouterr().out
