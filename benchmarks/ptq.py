@@ -3,8 +3,8 @@
     python benchmarks/ptq.py --text wikitext2-valid.txt --peer auto-round=PYTHON --peer nf4=PYTHON
 
 Calibrates on the first 70 % of --text and measures on its last 30 %: perplexity, mean KL and top-1 agreement against
-the float model. Embeddings and head stay in float, as the peers leave them. A peer runs in its own environment: give the
-interpreter that has it. Every row states seconds; all have 4-bit linear layers with groups of --group-size.
+the float model. Embeddings and head stay in float, as the peers leave them. A peer runs in its own environment: give
+the interpreter that has it. Every row states seconds; all have 4-bit linear layers with groups of --group-size.
 """
 
 import argparse

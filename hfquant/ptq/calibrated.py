@@ -119,6 +119,8 @@ class Calibration:
         rest = [name for name in selection.schemes if name not in data_free]
         stacks = find_stacks(model, rest)
         inside = {name for stack in stacks for name in rest if _is_in(name, stack)}
+        heads = {name for name in rest if name not in inside and _is_plain_int8(selection.schemes[name])}
+        data_free, rest = data_free | heads, [name for name in rest if name not in heads]
         quantize_modules_(model, _part(selection, data_free), algorithm=self._data_free_algorithm(), progress=False)
         total = sum(len(stack) for stack in stacks)
         with tqdm(total=total, desc="Quantizing", unit="block", disable=not self.options.progress) as bar:
@@ -128,7 +130,7 @@ class Calibration:
         self._quantize_rest_([name for name in rest if name not in inside])
 
     def _needs_no_data(self, name: str) -> bool:
-        """Tables, and heads in 8 bits: a search on their inputs changes nothing."""
+        """Tables, what is tied to them, and everything if the algorithm looks at no inputs."""
         scheme = self.selection.schemes[name]
         static = scheme.quantization_type == "static"
         is_table = packed_class(self.model.get_submodule(name)) is QuantEmbedding
@@ -335,6 +337,11 @@ def _check_weights(name: str, module: nn.Module) -> None:
 def _padding_mask(batch: Any) -> Tensor | None:
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()) else None
+
+
+def _is_plain_int8(scheme: LayerScheme) -> bool:
+    """Such an output head loses nothing that calibration could save, and is the largest matrix of a model."""
+    return scheme.weight.bits == 8 and scheme.activation is None
 
 
 def _is_in(name: str, blocks: Sequence[str]) -> bool:

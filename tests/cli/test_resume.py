@@ -90,8 +90,9 @@ def test_another_command_starts_anew(tmp_path: Path) -> None:
 @pytest.mark.timeout(3000)
 def test_kill_dash_nine_at_random_moments(float_model: Path, text_file: Path, tmp_path: Path) -> None:
     """Twenty kills, at moments spread over a whole run; the output may be whole before a late kill."""
-    words = [*map(str, INT4), "--calibration", str(text_file), "--algorithm", "signround", "--iterations", "30"]
-    command = [sys.executable, "-m", "hfquant.cli.main", "quantize", str(float_model), *words, "--json", "-o"]
+    words = [*map(str, INT4), "--calibration", str(text_file), "--algorithm", "signround", "--iterations", "300"]
+    program = "from hfquant.cli.main import main; main()"
+    command = [sys.executable, "-c", program, "quantize", str(float_model), *words, "--json", "-o"]
     started = time.monotonic()
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
     seconds = time.monotonic() - started
