@@ -156,7 +156,9 @@ def _plots(report: Mapping[str, Any]) -> str:
         parts.append(_section("Error by layer", _ERROR_TEXT, _legend(layers) + _bars(error, "{:.1f} dB")))
     if layers:
         bits = [(layer["name"], float(layer["bits_per_weight"]), layer["method"]) for layer in layers]
-        parts.append(_section("Bits by layer", "Bits per weight, scales included.", _bars(bits, "{:.2f}")))
+        same = len({round(value, 2) for _, value, _ in bits}) == 1
+        text = f"{bits[0][1]:.2f} bits per weight in all layers, scales included." if same else _BITS_TEXT
+        parts.append(_section("Bits by layer", text, "" if same else _bars(bits, "{:.2f}")))
     quality = report.get("quality")
     if quality:
         edges = [f"{low:g} – {high:g}" for low, high in zip(KL_BIN_EDGES, KL_BIN_EDGES[1:], strict=False)]
@@ -171,6 +173,7 @@ _ERROR_TEXT = (
     "Signal to noise of each layer's output on held-out calibration tokens, in decibels: higher is better; "
     "10 dB more is a tenth of the squared error."
 )
+_BITS_TEXT = "Bits per weight, scales included."
 _KL_TEXT = "Share of positions by KL divergence (nats) between the original's prediction and the quantized model's."
 
 

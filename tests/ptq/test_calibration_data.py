@@ -82,7 +82,7 @@ def test_batches_are_taken_as_they_are() -> None:
         ([[1], "text", {"a": 1}], "mixes token ids or texts with a dict"),
         (Rows(label=[1]), r"has columns \['label'\]; expected input_ids or one of text"),
     ],
-    ids=str,
+    ids=["empty", "no-text", "no-file", "mapping", "number", "other-tokenizer", "mixed", "columns"],
 )
 def test_what_is_refused(data: Any, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
