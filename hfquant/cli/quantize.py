@@ -59,22 +59,10 @@ def quantize(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Quantize MODEL and save it. Weights are quantized one by one while they are read."""
+    given = dict(locals())
     output = check_output(output, model, overwrite=overwrite)
     fields: dict[str, Any] = {} if config is None else load_config_file(config)
-    options = {
-        "quantization_bits": bits,
-        "quantization_type": type,
-        "group_size": group_size,
-        "symmetric": symmetric,
-        "algorithm": algorithm,
-        "embedding_bits": embedding_bits,
-        "skip_modules": skip or None,
-        "strict": strict,
-        "calibration_samples": calibration_batches,
-        "iterations": iterations,
-        "seed": seed,
-    }
-    fields |= {name: value for name, value in options.items() if value is not None}
+    fields |= {FIELDS[name]: value for name, value in given.items() if name in FIELDS and value not in (None, [])}
     started = time.perf_counter()
     settings = HfQuantConfig(**fields)
     _check_request(model, settings, calibration)
@@ -82,17 +70,42 @@ def quantize(
     quantized = _load_quantized(model, settings, dtype, calibration, resume)
     report = quality_report(quantized, model, time.perf_counter() - started)
     if evaluate is not None:
-        ids = text_tokens(load_tokenizer(model), read_text(evaluate))[:evaluate_tokens]
-        report["quality"] = measure_quality(load_language_model(model), quantized, ids)
+        report["quality"] = _quality(model, quantized, evaluate, evaluate_tokens)
+    _save(quantized, output, model, report, max_shard_size)
+    resume.remove()
+    summary = _summary(quantized, output, time.perf_counter() - started)
+    print_result(summary, as_json=json, title=f"{model} -> {output}")
+
+
+FIELDS = {
+    "bits": "quantization_bits",
+    "type": "quantization_type",
+    "group_size": "group_size",
+    "symmetric": "symmetric",
+    "algorithm": "algorithm",
+    "embedding_bits": "embedding_bits",
+    "skip": "skip_modules",
+    "strict": "strict",
+    "calibration_batches": "calibration_samples",
+    "iterations": "iterations",
+    "seed": "seed",
+}
+"""Option -> field of ``HfQuantConfig``."""
+
+
+def _quality(model: str, quantized: PreTrainedModel, text: Path, tokens: int) -> dict[str, Any]:
+    ids = text_tokens(load_tokenizer(model), read_text(text))[:tokens]
+    return measure_quality(load_language_model(model), quantized, ids)
+
+
+def _save(quantized: PreTrainedModel, output: Path, model: str, report: dict[str, Any], max_shard_size: str) -> None:
+    """Checkpoint, companion files and report, as a whole."""
     with staged_folder(output) as folder:
         write_report(report, folder)
         quantized.save_pretrained(folder, max_shard_size=max_shard_size)
         for file in folder.glob("*.safetensors"):
             canonicalize_header(file)
         copy_companion_files(model, folder)
-    resume.remove()
-    summary = _summary(quantized, output, time.perf_counter() - started)
-    print_result(summary, as_json=json, title=f"{model} -> {output}")
 
 
 def _check_request(model: str, config: HfQuantConfig, calibration: Path | None) -> None:

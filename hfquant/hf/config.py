@@ -101,20 +101,12 @@ class HfQuantConfig(QuantizationConfigMixin):
         **record: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
-        self.quantization_bits = quantization_bits
-        self.quantization_type = quantization_type
-        self.group_size = group_size
-        self.symmetric = symmetric
-        self.algorithm = algorithm
-        self.embedding_bits = embedding_bits
-        self.skip_modules = skip_modules
-        self.overrides = overrides
-        self.backend = backend
-        self.strict = strict
-        self.dequantize = dequantize
-        self.activation_observer = activation_observer
-        self.smoothquant = smoothquant
-        self.iterations = iterations
+        self.quantization_bits, self.quantization_type = quantization_bits, quantization_type
+        self.group_size, self.symmetric, self.embedding_bits = group_size, symmetric, embedding_bits
+        self.algorithm, self.backend, self.iterations = algorithm, backend, iterations
+        self.skip_modules, self.overrides = skip_modules, overrides
+        self.strict, self.dequantize = strict, dequantize
+        self.activation_observer, self.smoothquant = activation_observer, smoothquant
         self.calibration_samples, self.calibration_length, self.seed = calibration_samples, calibration_length, seed
         self.calibration: dict[str, Any] | None = record.pop("calibration", None)
         self.modules: dict[str, str] | None = record.pop("modules", None)

@@ -70,6 +70,7 @@ class _Learned:
 
     @classmethod
     def start(cls, result: MatrixResult) -> "_Learned":
+        """Nothing learned yet."""
         scale = result.grid.scale
         return cls(
             result,
@@ -78,12 +79,14 @@ class _Learned:
         )
 
     def values(self) -> Tensor:
+        """The weight on its grid ``[N, K]``, with gradients to ``v`` and ``a``."""
         grid = self.result.grid
         zero = None if grid.zero_point is None else grid.zero_point.float().unsqueeze(-1)
         out: Tensor = _FakeWeight.apply(self.result.weight, self.v, self.a, grid.scale.unsqueeze(-1), zero, grid.bits)  # type: ignore[no-untyped-call]
         return out
 
     def step_(self, rate: float) -> None:
+        """One step against the sign of the gradients."""
         assert self.v.grad is not None
         assert self.a.grad is not None
         with torch.no_grad():
@@ -92,6 +95,7 @@ class _Learned:
         self.v.grad = self.a.grad = None
 
     def finished(self) -> MatrixResult:
+        """What was learned, as a grid and what is rounded to it."""
         with torch.no_grad():
             old = self.result.grid
             scale = round_scale(old.scale * self.a.squeeze(-1))
