@@ -16,8 +16,9 @@ from hfquant.schemes import ActivationScheme, LayerScheme
 
 
 LOWEST_STATIC_DB = 10.0
-"""Static activations are kept where the layer's output has at least this signal to noise ratio: noise a tenth of the
-signal's energy. Below it the layer takes dynamic ones, if those are better."""
+"""Static activations are kept where the output of the median token has at least this signal to noise ratio: noise a
+tenth of the signal's energy. Below it the layer takes dynamic ones, if those are better. A token with outliers must not
+hide what they cost the others, so it is the median and not the sum."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,12 @@ def settle_scheme(
     weight, rounded = originals["weight"].float(), result.grid.nearest(result.weight)
     x = statistics.sample
     wanted = x @ weight.t()
-    signal = float(wanted.square().sum(dtype=torch.float64))
+    signal = wanted.square().sum(-1)
     ratios = []
     for candidate in (scheme, dynamic):
         coarse = round_activations(x, candidate, statistics.absmax.amax(), observer)
-        noise = float((coarse @ rounded.t() - wanted).square().sum(dtype=torch.float64))
-        ratios.append(decibels(signal, noise))
+        noise = (coarse @ rounded.t() - wanted).square().sum(-1)
+        ratios.append(float(10 * torch.log10(signal / noise.clamp_min(1e-30)).nanmedian()))
     if ratios[0] >= LOWEST_STATIC_DB or ratios[1] <= ratios[0]:
         return scheme, ""
     given = f"static activations gave {ratios[0]:.1f} dB, below {LOWEST_STATIC_DB:g}"
