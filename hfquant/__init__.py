@@ -17,6 +17,7 @@ from hfquant.hf.export import export_model
 from hfquant.hf.importing import import_model
 from hfquant.hf.info import QuantizationInfo, get_quantization_info
 from hfquant.hf.plain_module import load_quantized, save_quantized
+from hfquant.hf.plan import plan_quantization
 from hfquant.hf.qat import convert_model_qat, prepare_model_qat
 from hfquant.hf.quantize import dequantize_model, quantize_model_ptq
 from hfquant.hf.verify import verify_checkpoint
@@ -45,6 +46,7 @@ __all__ = [
     "get_quantization_info",
     "import_model",
     "load_quantized",
+    "plan_quantization",
     "prepare_model_qat",
     "quantize_model_ptq",
     "save_quantized",

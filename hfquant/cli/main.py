@@ -12,15 +12,19 @@ from hfquant.cli.import_ import import_checkpoint
 from hfquant.cli.info import info
 from hfquant.cli.kernels import kernels
 from hfquant.cli.output import reporting_errors
+from hfquant.cli.plan import plan
 from hfquant.cli.push import push
 from hfquant.cli.quantize import quantize
+from hfquant.cli.report import report
 from hfquant.cli.train import train
 from hfquant.cli.verify import verify
 
 
 VERBS: dict[str, Callable[..., None]] = {
+    "plan": plan,
     "quantize": quantize,
     "info": info,
+    "report": report,
     "evaluate": evaluate,
     "generate": generate,
     "dequantize": dequantize,

@@ -10,11 +10,12 @@ import torch
 import typer
 from torch import Tensor
 
-from hfquant.cli.models import check_output, copy_companion_files, folder_bytes, load_model
+from hfquant.cli.models import check_output, folder_bytes, load_model
 from hfquant.cli.output import print_result
 from hfquant.cli.text import load_tokenizer, read_text, text_tokens
 from hfquant.errors import CalibrationError, ConfigError
 from hfquant.formats.staging import staged_folder
+from hfquant.hf.companions import copy_companion_files
 
 
 RUN_FIELDS = ("model", "text", "output", "context", "dtype")

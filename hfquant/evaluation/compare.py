@@ -69,10 +69,10 @@ def compare_models(
     totals = {name: torch.zeros(3, dtype=torch.float64) for name in models}
     reference_loss = 0.0
     for window in tqdm(parts, desc="Comparing", unit="window", disable=not progress):
-        theirs = _log_probabilities(reference, window)
-        reference_loss += _loss(theirs, window)
+        theirs = token_log_probabilities(reference, window)
+        reference_loss += sequence_loss(theirs, window)
         for name, model in models.items():
-            totals[name] += _measure(theirs, _log_probabilities(model, window), window)
+            totals[name] += _measure(theirs, token_log_probabilities(model, window), window)
     return {
         name: Comparison(
             perplexity=math.exp(float(loss) / count),
@@ -86,12 +86,13 @@ def compare_models(
     }
 
 
-def _log_probabilities(model: nn.Module, window: Tensor) -> Tensor:
+def token_log_probabilities(model: nn.Module, window: Tensor) -> Tensor:
     """Log probabilities ``[T - 1, V]``, float32, that ``model`` gives each token of ``window [1, T]`` but the first."""
     return torch.log_softmax(model(window.to(_device(model))).logits[0, :-1].float(), dim=-1).cpu()
 
 
-def _loss(log_probabilities: Tensor, window: Tensor) -> float:
+def sequence_loss(log_probabilities: Tensor, window: Tensor) -> float:
+    """Sum of the negative log likelihoods in nats of ``window [1, T]`` after its first token."""
     return -float(log_probabilities.gather(-1, window[0, 1:].unsqueeze(-1)).double().sum())
 
 
@@ -100,7 +101,7 @@ def _measure(reference: Tensor, ours: Tensor, window: Tensor) -> Tensor:
     parts = zip(reference.split(ROWS_AT_A_TIME), ours.split(ROWS_AT_A_TIME), strict=True)
     divergence = sum(float(log_probability_kl(theirs, mine).double().sum()) for theirs, mine in parts)
     same = int((reference.argmax(-1) == ours.argmax(-1)).sum())
-    return torch.tensor([_loss(ours, window), divergence, same], dtype=torch.float64)
+    return torch.tensor([sequence_loss(ours, window), divergence, same], dtype=torch.float64)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -119,3 +119,23 @@ def read_headers(files: Iterable[Path]) -> dict[Path, Header]:
                 raise FormatError(f"{name} stands in both {owners[name].name} and {file.name}")
             owners[name] = file
     return headers
+
+
+def canonicalize_header(file: Path) -> None:
+    """Order the header of ``file`` by tensor name and metadata key, in place, so that equal content is equal bytes.
+
+    Safetensors writes metadata in the random order of a hash map.
+
+    Raises:
+        FormatError: If the file is damaged.
+    """
+    header = read_header(file)
+    with file.open("r+b") as stream:
+        length = struct.unpack("<Q", stream.read(8))[0]
+        content = json.loads(stream.read(length))
+        content["__metadata__"] = dict(sorted(header.metadata.items()))
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise FormatError(f"{file.name}: the header cannot be rewritten in place")
+        stream.seek(8)
+        stream.write(text.ljust(length))

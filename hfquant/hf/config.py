@@ -19,7 +19,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "quantization_bits": (8, 4),
     "quantization_type": ("dynamic", "static", "weight_only"),
     "symmetric": (True, False),
-    "algorithm": ("rtn", "search"),
+    "algorithm": ("rtn", "search", "gptq", "signround"),
+    "activation_observer": ("minmax", "percentile", "mse"),
+    "smoothquant": (True, False),
     "embedding_bits": (16, 8, 4),
     "backend": ("hfquant", "bitsandbytes"),
     "bnb_4bit_quant_type": ("nf4", "fp4"),
@@ -36,8 +38,14 @@ OVERRIDE_CHOICES: dict[str, tuple[Any, ...]] = {
 }
 """The same for the fields of one entry of ``overrides``; ``group_size`` is allowed there too."""
 
-USER_FIELDS = (*CHOICES, "group_size", "skip_modules", "overrides")
-RECORD_FIELDS = ("quant_method", "format_version", "hfquant_version", "modules", "save_id", "quantization_mode")
+INTEGERS: dict[str, int] = {"iterations": 1, "calibration_samples": 1, "calibration_length": 2, "seed": 0}
+"""Integer field -> the smallest value it takes."""
+
+USER_FIELDS = (*CHOICES, *INTEGERS, "group_size", "skip_modules", "overrides")
+RECORD_FIELDS = (
+    *("quant_method", "format_version", "hfquant_version", "modules", "save_id", "quantization_mode"),
+    "calibration",
+)
 LOAD_ONLY_FIELDS = ("dequantize", "strict")
 
 
@@ -54,7 +62,8 @@ class HfQuantConfig(QuantizationConfigMixin):
             channel for 8 bits; for 4 bits the largest of 64, 32, 16 (128 too above a billion parameters) that divides
             the layer's inputs. A size that is given never changes: layers it does not divide are an error.
         symmetric: Without zero points (default ``True``).
-        algorithm: ``"search"`` (default) or ``"rtn"`` (round to nearest).
+        algorithm: ``"gptq"`` (default where calibration data is given), ``"signround"`` (learned rounding, the best and
+            slowest), ``"search"`` (default without data) or ``"rtn"`` (round to nearest).
         embedding_bits: Bits of the input embedding and the output head, 8 (default), 4, or 16 to keep them in float.
         skip_modules: Names, parts of names (``"mlp.down_proj"``) or globs of modules to keep in float.
         overrides: Module name, part or glob -> fields that differ there (``quantization_bits`` 16, 8 or 4,
@@ -62,6 +71,13 @@ class HfQuantConfig(QuantizationConfigMixin):
         backend: ``"hfquant"`` (default) or ``"bitsandbytes"``, with its own modules and checkpoints.
         bnb_4bit_quant_type: ``"nf4"`` (default) or ``"fp4"``, for 4 bits with bitsandbytes.
         bnb_4bit_use_double_quant: Whether bitsandbytes quantizes its scales too.
+        activation_observer: What chooses static ranges: ``"minmax"`` (default), ``"percentile"`` or ``"mse"``.
+        smoothquant: Move outliers of activations into the weights where that changes nothing else (default ``True``
+            for calibrated INT8 activations).
+        iterations: Of learned rounding (default 200).
+        calibration_samples: Windows of calibration text at most (default 128).
+        calibration_length: Tokens in a window (default 512, or what the model takes).
+        seed: Of the choice of windows and of learned rounding (default 0).
         strict: Raise if a linear layer would stay in float although nobody asked for it.
         dequantize: On loading a quantized checkpoint, return the float model of its values.
         record: What a checkpoint adds (``modules``, ``save_id``, ``format_version``, ...); not for users.
@@ -85,27 +101,30 @@ class HfQuantConfig(QuantizationConfigMixin):
         bnb_4bit_use_double_quant: bool | None = None,
         strict: bool | None = None,
         dequantize: bool | None = None,
+        activation_observer: str | None = None,
+        smoothquant: bool | None = None,
+        iterations: int | None = None,
+        calibration_samples: int | None = None,
+        calibration_length: int | None = None,
+        seed: int | None = None,
         **record: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
-        self.quantization_bits = quantization_bits
-        self.quantization_type = quantization_type
-        self.group_size = group_size
-        self.symmetric = symmetric
-        self.algorithm = algorithm
-        self.embedding_bits = embedding_bits
-        self.skip_modules = skip_modules
-        self.overrides = overrides
-        self.backend, self.bnb_4bit_quant_type = backend, bnb_4bit_quant_type
-        self.bnb_4bit_use_double_quant = bnb_4bit_use_double_quant
-        self.strict = strict
-        self.dequantize = dequantize
+        self.quantization_bits, self.quantization_type = quantization_bits, quantization_type
+        self.group_size, self.symmetric, self.embedding_bits = group_size, symmetric, embedding_bits
+        self.algorithm, self.backend, self.iterations = algorithm, backend, iterations
+        self.bnb_4bit_quant_type, self.bnb_4bit_use_double_quant = bnb_4bit_quant_type, bnb_4bit_use_double_quant
+        self.skip_modules, self.overrides, self.seed = skip_modules, overrides, seed
+        self.strict, self.dequantize = strict, dequantize
+        self.activation_observer, self.smoothquant = activation_observer, smoothquant
+        self.calibration_samples, self.calibration_length = calibration_samples, calibration_length
+        self.calibration: dict[str, Any] | None = record.pop("calibration", None)
         self.modules: dict[str, str] | None = record.pop("modules", None)
         self.format_version: Any = record.pop("format_version", FORMAT_VERSION)
-        self.hfquant_version: Any = record.pop("hfquant_version", None)
-        self.save_id: Any = record.pop("save_id", None)
+        self.hfquant_version, self.save_id = record.pop("hfquant_version", None), record.pop("save_id", None)
         self.quantization_mode: str | None = record.pop("quantization_mode", None)
         self.requested: dict[str, Any] = {}
+        self.resume: Any = record.pop("resume", None)  # a store for finished weights, while from_pretrained runs
         _refuse_unknown(record)
         self.check()
 
@@ -120,6 +139,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
             if getattr(self, name) is not None and (self.backend != "bitsandbytes" or self.quantization_bits != 4):
                 raise ConfigError(f"{name} is for backend='bitsandbytes' with quantization_bits=4")
+        for name, smallest in INTEGERS.items():
+            check_integer(name, getattr(self, name), smallest)
         check_group_size("group_size", self.group_size)
         if self.skip_modules is not None:
             if not isinstance(self.skip_modules, (list, tuple)):
@@ -166,7 +187,7 @@ class HfQuantConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The fields for ``config.json``: what is set, without what only matters while loading."""
         fields = super().to_dict()
-        hidden = (*LOAD_ONLY_FIELDS, "requested")
+        hidden = (*LOAD_ONLY_FIELDS, "requested", "resume")
         return {key: value for key, value in fields.items() if value is not None and key not in hidden}
 
     def get_loading_attributes(self) -> dict[str, Any]:
@@ -226,6 +247,16 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     allowed = ", ".join(repr(choice) for choice in choices)
     close = nearest(value, tuple(c for c in choices if isinstance(c, str))) if isinstance(value, str) else ""
     raise ConfigError(f"{name}={value!r}: expected {'one of ' if len(choices) > 1 else ''}{allowed}{close}")
+
+
+def check_integer(name: str, value: Any, smallest: int) -> None:
+    """Accept ``None`` or an integer from ``smallest``.
+
+    Raises:
+        ConfigError: Otherwise.
+    """
+    if value is not None and (type(value) is not int or value < smallest):
+        raise ConfigError(f"{name}={value!r}: expected an integer from {smallest}")
 
 
 def check_group_size(name: str, value: Any) -> None:

@@ -19,6 +19,7 @@ from hfquant.hf.roles import model_roles
 from hfquant.nn.fake_quant_module import SHARED_SUFFIXES, Adapter
 from hfquant.numerics.packing import PackedWeight
 from hfquant.ptq.calibrate import run_batch
+from hfquant.ptq.quantize_matrix import CALIBRATED
 from hfquant.ptq.quantize_weight import quantize_weight
 from hfquant.qat.convert import convert_modules_, converted
 from hfquant.qat.prepare import fake_quant_modules, observe_input_scales_, prepare_modules_
@@ -102,7 +103,12 @@ def prepare_model_qat(
     quantizer.select(model)
     schemes = quantizer.selection.schemes.values()
     static = any(scheme.quantization_type == "static" for scheme in schemes)
-    _check_calibration_data(calibration_data, static=static, config=config)
+    if config.resolved_algorithm in CALIBRATED:
+        raise ConfigError(
+            f"algorithm={config.algorithm!r}: training starts from scales that are found without data; give 'search' "
+            "or 'rtn', or leave it unset"
+        )
+    _check_calibration_data(calibration_data, needed=static, config=config)
     if all(scheme.weight.bits == 8 for scheme in schemes):
         logger.info("hfquant: INT8 loses so little that quantization-aware training rarely pays; compare with PTQ")
     _swap(model, quantizer, variant, adapter, progress=progress)

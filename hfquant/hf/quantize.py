@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -18,13 +17,15 @@ from hfquant.hf.bitsandbytes import (
     is_bitsandbytes,
     quantize_with_bitsandbytes_,
 )
+from hfquant.hf.calibration import calibration_options, read_calibration_data
 from hfquant.hf.config import QUANT_METHOD, HfQuantConfig
 from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.hf.roles import tie_companions
 from hfquant.nn.select import Selection
 from hfquant.nn.swap import packed_modules, restore_modules_
-from hfquant.ptq.calibrate import calibrate_input_scales_
+from hfquant.ptq.calibrated import Store, calibrate_
 from hfquant.ptq.quantize import quantize_modules_
+from hfquant.ptq.quantize_matrix import CALIBRATED
 
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +37,9 @@ def quantize_model_ptq(
     model: Model,
     config: HfQuantConfig | None = None,
     *,
-    calibration_data: Iterable[Any] | None = None,
+    calibration_data: Any = None,
+    tokenizer: Any = None,
+    resume: Store | None = None,
     progress: bool = True,
     **overrides: Any,
 ) -> Model:
@@ -48,8 +51,11 @@ def quantize_model_ptq(
     Args:
         model: Float model (float32, bfloat16 or float16), a ``PreTrainedModel`` or any ``nn.Module``.
         config: What to do; ``None`` starts from the defaults.
-        calibration_data: Batches that the model is called with, for ``quantization_type="static"``: mappings of its
-            arguments, tuples, or tensors.
+        calibration_data: For ``algorithm="gptq"`` and ``"signround"`` and for ``quantization_type="static"``: a text
+            file, texts, lists of token ids, a ``datasets.Dataset`` with ``text`` or ``input_ids``, or batches that the
+            model is called with (a DataLoader, mappings of its arguments, tuples, or tensors).
+        tokenizer: For texts; ``None`` takes the one beside the model.
+        resume: Keeps finished blocks of a calibrated run (``formats/resume.py``); the command line makes one.
         progress: Show progress bars.
         **overrides: Fields of ``HfQuantConfig`` that replace those of ``config``; ``quantization_bits=4`` alone works.
 
@@ -71,14 +77,20 @@ def quantize_model_ptq(
         return model
     quantizer = HfQuantQuantizer(config, pre_quantized=False)
     quantizer.select(model)
-    selection, algorithm = quantizer.selection, config.resolved_algorithm
+    selection = quantizer.selection
+    if config.algorithm is None and calibration_data is not None:
+        config.algorithm = "gptq"
     static = any(scheme.quantization_type == "static" for scheme in selection.schemes.values())
-    _check_calibration_data(calibration_data, static=static, config=config)
+    needed = static or config.resolved_algorithm in CALIBRATED
+    _check_calibration_data(calibration_data, needed=needed, config=config)
     training = model.training
-    quantize_modules_(model, selection, algorithm=algorithm, progress=progress)
-    if static:
-        assert calibration_data is not None
-        calibrate_input_scales_(model, calibration_data, progress=progress)
+    if needed:
+        data = read_calibration_data(model, calibration_data, config, tokenizer)
+        options = calibration_options(config, progress=progress)
+        quantizer.results = calibrate_(model, selection, data.batches, options, resume)
+        config.calibration = data.record()
+    else:
+        quantize_modules_(model, selection, algorithm=config.resolved_algorithm, progress=progress)
     config.quantization_mode = None  # whatever the config was made for before
     config.freeze({name: str(scheme) for name, scheme in selection.schemes.items()}, version("hfquant"))
     quantizer.pre_quantized = True
@@ -103,13 +115,14 @@ def _check_is_float(model: nn.Module) -> None:
     model.hf_quantizer.remove_quantization_config(model)
 
 
-def _check_calibration_data(data: Iterable[Any] | None, *, static: bool, config: HfQuantConfig) -> None:
-    if static and data is None:
+def _check_calibration_data(data: Any, *, needed: bool, config: HfQuantConfig) -> None:
+    settings = config.resolve()
+    if needed and data is None:
+        what = f"algorithm={config.algorithm!r}" if config.algorithm in CALIBRATED else "quantization_type='static'"
         raise CalibrationError(
-            "quantization_type='static' needs calibration_data: an iterable of batches that the model is called with"
+            f"{what} needs calibration_data: texts, token ids or batches that the model is called with"
         )
-    if not static and data is not None:
-        settings = config.resolve()
+    if not needed and data is not None:
         warnings.warn(
             f"calibration_data is not used: quantization_type={settings.quantization_type!r} with algorithm="
             f"{config.resolved_algorithm!r} needs none",

@@ -1,5 +1,6 @@
 """A float weight to packed codes, a few rows at a time."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ def quantize_weight(weight: Tensor, scheme: WeightScheme, *, algorithm: str, nam
     for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)
         values = split_groups(rows[part].float(), scheme.group_size)
-        _check_finite(values, name)
+        check_finite(values, name)
         scale, zero_point = ALGORITHMS[algorithm](values, scheme)
         shift = None if zero_point is None else zero_point.unsqueeze(-1)
         codes = quantize(values, scale.unsqueeze(-1), shift, bits=bits)
@@ -71,16 +72,22 @@ def quantize_weight(weight: Tensor, scheme: WeightScheme, *, algorithm: str, nam
         noise += float(error.square().sum(dtype=torch.float64))
     packed = PackedWeight(words, scales, None if scheme.symmetric else zero_points)
     shaped = [None if tensor is None else tensor.view(*weight.shape[:-1], -1) for tensor in packed]
-    return QuantizedWeight(PackedWeight(*shaped), _decibels(signal, noise))  # type: ignore[arg-type]
+    return QuantizedWeight(PackedWeight(*shaped), decibels(signal, noise))  # type: ignore[arg-type]
 
 
-def _decibels(signal: float, noise: float) -> float:
+def decibels(signal: float, noise: float) -> float:
+    """``10 log10(signal / noise)``; infinite without noise."""
     if noise == 0:
         return float("inf")
-    return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
+    return 10 * math.log10(signal / noise) if signal > 0 else float("-inf")
 
 
-def _check_finite(values: Tensor, name: str) -> None:
+def check_finite(values: Tensor, name: str) -> None:
+    """Refuse a weight that has no codes.
+
+    Raises:
+        SchemeError: If ``values`` holds NaN or infinity.
+    """
     bad = values.numel() - int(torch.isfinite(values).sum())
     if bad:
         raise SchemeError(

@@ -132,7 +132,9 @@ def test_static_while_loading_is_refused(fields: dict[str, object], checkpoint: 
 
 def test_calibration_data_that_is_not_used_draws_a_warning() -> None:
     with pytest.warns(UserWarning, match="calibration_data is not used: quantization_type='weight_only'.*'search'"):
-        quantize_model_ptq(build("llama"), quantization_bits=4, calibration_data=[text_inputs()], progress=False)
+        quantize_model_ptq(
+            build("llama"), quantization_bits=4, algorithm="search", calibration_data=[text_inputs()], progress=False
+        )
 
 
 def test_quantizing_twice_is_refused() -> None:

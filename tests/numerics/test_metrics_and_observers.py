@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from hfquant.errors import CalibrationError
+from hfquant.numerics.affine import fake_quantize
 from hfquant.numerics.metrics import kl_divergence, sqnr_db
-from hfquant.numerics.observers import AbsMaxObserver
+from hfquant.numerics.observers import AbsMaxObserver, choose_input_scale
 
 
 seeds = st.integers(0, 2**16)
@@ -83,3 +84,19 @@ def test_observer_of_nothing_has_no_scale() -> None:
 def test_observer_refuses_what_is_not_finite(bad: float) -> None:
     with pytest.raises(CalibrationError, match="NaN or infinite"):
         AbsMaxObserver().observe(torch.tensor([[1.0, bad]]))
+
+
+def test_percentile_and_mse_ranges_leave_outliers_out() -> None:
+    x = torch.randn(4096, 8)
+    x[5, 2] = 60
+
+    def error(scale: torch.Tensor) -> float:
+        return float((fake_quantize(x, scale, bits=8) - x).square().sum())
+
+    scales = {kind: choose_input_scale(x, x.abs().max(), kind) for kind in ("minmax", "percentile", "mse")}
+    assert float(scales["minmax"]) == float(torch.tensor(60 / 127).bfloat16())
+    assert scales["percentile"] < scales["minmax"] / 10
+    assert scales["mse"] < scales["minmax"]
+    assert error(scales["mse"]) <= min(error(scales["minmax"]), error(scales["percentile"]))
+    with pytest.raises(CalibrationError, match="expected minmax, percentile or mse"):
+        choose_input_scale(x, x.abs().max(), "median")

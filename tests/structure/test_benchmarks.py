@@ -75,3 +75,14 @@ def test_qat_at_smoke_size(monkeypatch: pytest.MonkeyPatch) -> None:
     results = qat.main(["--smoke", "--threads", "1"])
     assert all(results[arm] > 0 for arm in ("ptq", "qat-full", "qat-lora"))
     assert results["cost"]["peak_bytes"] > 0
+
+
+def test_ptq_at_smoke_size(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("ptq", BENCHMARKS / "ptq.py")
+    ptq = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ptq)
+    rows = {row["method"]: row for row in ptq.main(["--smoke"])["rows"]}
+    assert set(rows) == {"rtn", "search", "gptq", "signround"}
+    assert all(row["perplexity"] > 1 for row in rows.values())
+    assert "| gptq |" in capsys.readouterr().out

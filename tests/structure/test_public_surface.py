@@ -28,6 +28,7 @@ PUBLIC = [
     "get_quantization_info",
     "import_model",
     "load_quantized",
+    "plan_quantization",
     "prepare_model_qat",
     "quantize_model_ptq",
     "save_quantized",

@@ -1,0 +1,107 @@
+"""What became of one layer: measured for the report, and judged where static activations may not do."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from hfquant.numerics.packing import PackedWeight
+from hfquant.ptq.gptq import layer_loss
+from hfquant.ptq.quantize_matrix import MatrixResult
+from hfquant.ptq.quantize_weight import decibels
+from hfquant.ptq.smoothquant import round_activations
+from hfquant.ptq.statistics import InputStatistics, WeightKey
+from hfquant.schemes import ActivationScheme, LayerScheme
+
+
+LOWEST_STATIC_DB = 10.0
+"""Static activations are kept where the output of the median token has at least this signal to noise ratio: noise a
+tenth of the signal's energy. Below it the layer takes dynamic ones, if those are better. A token with outliers must not
+hide what they cost the others, so it is the median and not the sum."""
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """How one weight matrix was quantized, for the report.
+
+    Attributes:
+        name: Of the parameter; with ``[expert]`` behind it where there are several.
+        scheme: As in ``int4-g64``.
+        method: What its codes come from.
+        sqnr_db: Of the weight.
+        output_sqnr_db: Of the layer's output on held-out tokens.
+        rows: Calibration rows that reached it.
+        losses: Method -> squared error of its output on held-out rows.
+        note: What a reader should know.
+    """
+
+    name: str
+    scheme: str
+    method: str
+    sqnr_db: float
+    output_sqnr_db: float | None
+    rows: int
+    losses: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+def layer_result(
+    name: str, scheme: LayerScheme, result: MatrixResult, original: Tensor, statistics: InputStatistics | None
+) -> LayerResult:
+    """Measure what became of ``original [N, K]``."""
+    weight = original.float()
+    error = result.grid.nearest(result.weight) - weight
+    output, rows = None, 0
+    if statistics is not None and statistics.rows + statistics.held_rows:
+        moments, rows = statistics.judging(), statistics.rows + statistics.held_rows
+        output = decibels(layer_loss(weight, moments), layer_loss(error, moments))
+    sqnr = decibels(float(weight.square().sum()), float(error.square().sum()))
+    return LayerResult(name, str(scheme), result.method, sqnr, output, rows, dict(result.losses), result.note)
+
+
+def settle_scheme(
+    scheme: LayerScheme,
+    originals: Mapping[str, Tensor],
+    results: Mapping[str, Sequence[MatrixResult]],
+    found: Mapping[WeightKey, InputStatistics],
+    name: str,
+    observer: str,
+) -> tuple[LayerScheme, str]:
+    """``scheme``, or dynamic activations where static ones cost too much; and what to tell the reader.
+
+    Args:
+        scheme: What was asked for.
+        originals: Float weights ``[N, K]`` by parameter; fused experts keep what was asked for.
+        results: Their codes.
+        found: Statistics of inputs.
+        name: Of the layer.
+        observer: What chooses static ranges.
+    """
+    statistics = found.get(WeightKey(name, "weight"))
+    activation = scheme.activation
+    if activation is None or activation.dynamic or statistics is None or not statistics.sample.shape[0]:
+        return scheme, ""
+    dynamic = replace(scheme, activation=ActivationScheme(dynamic=True))
+    (result,) = results["weight"]
+    weight, rounded = originals["weight"].float(), result.grid.nearest(result.weight)
+    x = statistics.sample
+    wanted = x @ weight.t()
+    signal = wanted.square().sum(-1)
+    ratios = []
+    for candidate in (scheme, dynamic):
+        coarse = round_activations(x, candidate, statistics.absmax.amax(), observer)
+        noise = (coarse @ rounded.t() - wanted).square().sum(-1)
+        ratios.append(float(10 * torch.log10(signal / noise.clamp_min(1e-30)).nanmedian()))
+    if ratios[0] >= LOWEST_STATIC_DB or ratios[1] <= ratios[0]:
+        return scheme, ""
+    given = f"static activations gave {ratios[0]:.1f} dB, below {LOWEST_STATIC_DB:g}"
+    return dynamic, f"{given}; dynamic give {ratios[1]:.1f}"
+
+
+def stacked(parts: list[PackedWeight], *, is_matrix: bool) -> PackedWeight:
+    """The packed weights of all experts as one; ``parts[0]`` where there are none."""
+    if is_matrix:
+        return parts[0]
+    zero = None if parts[0].weight_zero_point is None else torch.stack([p.weight_zero_point for p in parts])  # type: ignore[misc]
+    return PackedWeight(torch.stack([p.weight for p in parts]), torch.stack([p.weight_scale for p in parts]), zero)
