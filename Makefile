@@ -14,7 +14,9 @@ format: $(VENV)/installed  ## fix what the linters can fix
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 test: $(VENV)/installed  ## unit, property, format and integration tests: CPU, no network
 	$(BIN)/python -m pytest -n 2
-test-slow: $(VENV)/models  ## the real models SmolLM2-135M and MiniLM, and peak memory of a 1B-shaped model
+test-models: $(VENV)/models  ## the real models SmolLM2-135M and MiniLM, and peak memory of a 1B-shaped model
+	$(BIN)/python -m pytest -n 2 -m slow tests/slow
+test-slow: $(VENV)/models  ## the former, a thousand seeds of training, killed runs, more kernels compiled: about an hour
 	$(BIN)/python -m pytest -n 2 -m slow
 test-compat: $(COMPAT_VENV)/installed  ## the Transformers integration on the oldest supported release
 	$(COMPAT_VENV)/bin/python -m pytest -n 2 tests/hf tests/formats
@@ -53,4 +55,4 @@ $(COMPAT_VENV)/installed: pyproject.toml constraints.txt
 	$(COMPAT_VENV)/bin/python $(PIP) -c $(COMPAT_VENV)/constraints.txt -e '.[dev,demo]'
 	touch $@
 
-.PHONY: help install check format test test-asan test-slow test-compat demo demo-encoder bench golden clean
+.PHONY: help install check format test test-asan test-models test-slow test-compat demo demo-encoder bench golden clean

@@ -14,13 +14,15 @@ from hfquant.hf.config import USER_FIELDS, HfQuantConfig, check_choice, nearest
 
 MODES = ("ptq", "qat")
 VARIANTS = ("full", "lora")
+OF_THE_RUN = ("dequantize", "seed")
+"""Fields of ``HfQuantConfig`` that are no part of the scheme: training neither loads nor draws with them."""
 
 
 def _scheme_fields() -> list[tuple[str, Any, Any]]:
     """The fields of ``HfQuantConfig`` that say how to quantize, as dataclass fields: defined there, and only there."""
     found = []
     for name, kind in get_type_hints(HfQuantConfig.__init__).items():
-        if name not in USER_FIELDS or name == "dequantize":
+        if name not in USER_FIELDS or name in OF_THE_RUN:
             continue
         if any(getattr(part, "__origin__", part) is Mapping for part in get_args(kind)):
             kind = dict | str | None  # how TrainingArguments types what the command line gives as JSON

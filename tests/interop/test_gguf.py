@@ -37,6 +37,10 @@ SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+# Bit for bit against engines that multiply in float: the claim of the reference kernels.
+pytestmark = pytest.mark.usefixtures("reference_kernels")
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())[:120]

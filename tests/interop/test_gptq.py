@@ -14,6 +14,10 @@ from hfquant import ConfigError, SchemeError, export_model, quantize_model_ptq
 from tests.support.tiny_models import build
 
 
+# Bit for bit against engines that multiply in float: the claim of the reference kernels.
+pytestmark = pytest.mark.usefixtures("reference_kernels")
+
+
 def unpacked(tensors: dict[str, Tensor], bits: int, *, version: int) -> Tensor:
     """Weight ``[N, K]``, float64, as a reader computes it: words as unsigned integers, code by code."""
     words = tensors["qweight"].numpy().view(np.uint32)

@@ -35,7 +35,7 @@ def test_kernels_in_the_interpreter(path: Path) -> None:
         "--timeout=240",
         str(path),
     ]
-    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         command, capture_output=True, text=True, env=variables, cwd=Path(__file__).parents[2], check=False
     )

@@ -9,10 +9,15 @@ from torch import Tensor, nn
 
 from hfquant import convert_model_qat, load_quantized, prepare_model_qat, save_quantized
 from hfquant.hf.qat import converted_model
+from hfquant.kernels import native
 from hfquant.numerics.affine import choose_scale, scale_to_bits, split_groups
+from hfquant.numerics.metrics import sqnr_db
 from hfquant.qat.prepare import fake_quant_modules
 from tests.support.tiny_models import TINY, build, output
+from tests.support.tolerance import NATIVE_SQNR_DB
 
+
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 SCHEMES = list(product([8, 4], ["weight_only", "dynamic", "static"], [torch.float32, torch.bfloat16]))
 
@@ -65,6 +70,19 @@ def assert_no_gap(seed: int, bits: int, kind: str, dtype: torch.dtype, folder: P
 def test_trained_is_converted_is_reloaded(bits: int, kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     for seed in range(6):
         assert_no_gap(seed, bits, kind, dtype, tmp_path / str(seed))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_native_kernels_compute_what_was_trained(bits: int) -> None:
+    available = [isa for isa, usable in native.instruction_sets().items() if usable]
+    if not available:
+        pytest.skip("no native kernels were built")
+    for isa, seed in product(available, range(4)):
+        model, ids = trained(seed, bits, "weight_only", torch.float32)
+        with torch.no_grad(), native.selected(isa):
+            before = model(ids)
+            convert_model_qat(model)
+            assert sqnr_db(before, model(ids)) >= NATIVE_SQNR_DB
 
 
 @pytest.mark.slow

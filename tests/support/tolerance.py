@@ -22,6 +22,9 @@ SAME_VALUES = {"rtol": 1e-5, "atol": 1e-6}
 SQNR_FLOORS_DB = {(8, None): 40.0, (4, 32): 19.0, (4, 64): 18.0, (4, 128): 17.5}
 """(bits, group size) -> signal to noise of round to nearest on N(0, 1) weights [256, 4096], 1 dB below measured."""
 
+NATIVE_SQNR_DB = 60.0
+"""Of a model on native kernels against the same model as it was trained, in float32."""
+
 ASYMMETRIC_SQNR_FLOORS_DB = {(4, 32): 20.5, (4, 64): 19.5, (4, 128): 18.5}
 
 SEARCH_SQNR_FLOORS_DB = {

@@ -6,7 +6,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hfquant import ConfigError, HfQuantConfig, TrainingConfig
 from hfquant.hf.config import USER_FIELDS
-from hfquant.training.config import SchemeFields
+from hfquant.training.config import OF_THE_RUN, SchemeFields
 
 
 def test_quantization_is_off_by_default(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_quantization_is_off_by_default(tmp_path: Path) -> None:
 
 def test_the_scheme_has_the_fields_of_hfquantconfig_and_no_other() -> None:
     names = {field.name for field in fields(SchemeFields)}
-    assert names == set(USER_FIELDS) - {"dequantize"}
+    assert names == set(USER_FIELDS) - set(OF_THE_RUN)
     assert not names & {field.name for field in fields(TrainingArguments)}
 
 

@@ -15,6 +15,10 @@ from tests.support.tiny_models import build, output
 from tests.support.training import CHECKPOINTING, QAT4, config, examples, trainer, with_dropout
 
 
+# What was trained is what is deployed, bit for bit, on the reference kernels.
+pytestmark = pytest.mark.usefixtures("reference_kernels")
+
+
 def digests(folder: Path) -> dict[str, str]:
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
