@@ -31,7 +31,7 @@ test-asan: $(VENV)/installed  ## native kernels under AddressSanitizer and UBSan
 	$(BIN)/python setup.py -q build_ext --inplace --force; exit $$status
 bench: $(VENV)/installed  ## quality tables on the real models, and speed of the kernels
 	$(BIN)/python benchmarks/quality.py
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/cpu_kernels.py
 golden: $(VENV)/installed  ## rewrite tests/golden (review the diff, add a CHANGELOG line)
 	$(BIN)/python -m tests.golden.make
 clean:           ## remove environments and build products

@@ -1,4 +1,4 @@
-// What this machine can do, for the percentages of kernels.py: bytes read from memory and INT8 products, one thread.
+// What this machine can do, for the percentages of cpu_kernels.py: bytes read from memory and INT8 products, one thread.
 #include <cstddef>
 #include <cstdint>
 #if defined(__x86_64__)

@@ -36,6 +36,7 @@ INT8 = {"quantization_bits": 8}
 SCHEMES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "INT8 weight-only": (INT8 | {"quantization_type": "weight_only"}, (16, 8, 4)),
     "INT8 dynamic": (INT8 | {"quantization_type": "dynamic"}, (8,)),
+    "INT8 dynamic, calibrated": (INT8 | {"quantization_type": "dynamic", "algorithm": "gptq"}, (8,)),
     "INT4 g64 absmax": (INT4 | {"group_size": 64, "algorithm": "rtn"}, (8,)),
     "INT4 g64 search": (INT4 | {"group_size": 64}, (16, 8, 4)),
     "INT4 g32 absmax": (INT4 | {"group_size": 32, "algorithm": "rtn"}, (8,)),
@@ -54,6 +55,8 @@ ENCODER: dict[str, dict[str, Any]] = {
     "INT4 g32, embeddings 4": INT4 | {"group_size": 32, "embedding_bits": 4},
 }
 CALIBRATION_SENTENCES = 128
+CALIBRATION_WINDOWS = 32
+"""Windows of 512 tokens, from the part of the text that is not judged."""
 
 
 def machine() -> dict[str, str]:
@@ -70,8 +73,11 @@ def file_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def language_rows(source: Path, ids: torch.Tensor, schemes: dict[str, dict[str, Any]], context: int) -> list[dict]:
+def language_rows(
+    source: Path, ids: torch.Tensor, calibration: torch.Tensor, schemes: dict[str, dict[str, Any]], context: int
+) -> list[dict]:
     """One row a scheme: all are saved, loaded from their files, and run over the same windows beside the original."""
+    windows = [{"input_ids": window.unsqueeze(0)} for window in calibration.split(context)[:CALIBRATION_WINDOWS]]
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -79,14 +85,14 @@ def language_rows(source: Path, ids: torch.Tensor, schemes: dict[str, dict[str, 
         whole = file_bytes(folder / "float32")
         models, rows = {}, {}
         for number, (name, fields) in enumerate(schemes.items()):
-            model = quantize_model_ptq(
-                AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), progress=False, **fields
-            )
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+            data = windows if fields.get("algorithm") == "gptq" else None
+            quantize_model_ptq(model, progress=False, calibration_data=data, **fields)
             bits = get_quantization_info(model).bits_per_weight
             model.save_pretrained(folder / str(number))
             models[name] = AutoModelForCausalLM.from_pretrained(folder / str(number))
             if fields["quantization_type"] == "weight_only":
-                dequantize_model(models[name])  # the same logits bit for bit (tests/hf/test_dequantize.py), sooner
+                dequantize_model(models[name])  # the same values (tests/hf/test_dequantize.py), for all in one way
             size = file_bytes(folder / str(number))
             rows[name] = {"scheme": name, "MB": size / 1e6, "smaller": whole / size, "bits_per_weight": bits}
         compared = compare_models(original, models, ids, context=context)
@@ -146,8 +152,10 @@ def read_pairs(file: Path) -> tuple[list[tuple[str, str]], torch.Tensor]:
     return [(row[0], row[1]) for row in rows], torch.tensor([float(row[2]) for row in rows])
 
 
-def last_share(text: str, share: float = 0.3) -> str:
-    return text[int(len(text) * (1 - share)) :]
+def split_text(text: str, judged: float = 0.3) -> tuple[str, str]:
+    """What to calibrate on, and the last share, which is judged."""
+    cut = int(len(text) * (1 - judged))
+    return text[:cut], text[cut:]
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
@@ -172,7 +180,7 @@ def smoke() -> list[dict]:
     )
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(config).save_pretrained(folder)
-        return language_rows(Path(folder), torch.arange(64) % 250, LANGUAGE, 32)
+        return language_rows(Path(folder), torch.arange(64) % 250, torch.arange(128) % 250, LANGUAGE, 32)
 
 
 def main(given: list[str] | None = None) -> dict[str, Any]:
@@ -186,12 +194,13 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
 
         source = options.model or fetch_smollm2()[0]
         text = options.text.read_text(encoding="utf-8") if options.text else default_text()
-        ids = AutoTokenizer.from_pretrained(source)(last_share(text), return_tensors="pt", verbose=False)["input_ids"][
-            0
-        ]
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        calibration, ids = (
+            tokenizer(part, return_tensors="pt", verbose=False)["input_ids"][0] for part in split_text(text)
+        )
         schemes = {name: fields for name, fields in LANGUAGE.items() if options.only in name}
         results["tokens"] = min(ids.numel(), options.tokens or ids.numel())
-        results["language"] = language_rows(source, ids[: results["tokens"]], schemes, options.context)
+        results["language"] = language_rows(source, ids[: results["tokens"]], calibration, schemes, options.context)
         if options.sts:
             pairs, scores = read_pairs(options.sts)
             calibration = read_pairs(options.sts_calibration or options.sts)[0]

@@ -59,7 +59,7 @@ def test_gpu_benchmark_up_to_the_first_call_to_cuda(
 
 
 def test_kernels_at_smoke_size(capsys: pytest.CaptureFixture[str]) -> None:
-    spec = importlib.util.spec_from_file_location("kernels", BENCHMARKS / "kernels.py")
+    spec = importlib.util.spec_from_file_location("cpu_kernels", BENCHMARKS / "cpu_kernels.py")
     kernels = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kernels)
     rows = kernels.main(["--smoke"])
@@ -86,3 +86,9 @@ def test_ptq_at_smoke_size(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert set(rows) == {"rtn", "search", "gptq", "signround"}
     assert all(row["perplexity"] > 1 for row in rows.values())
     assert "| gptq |" in capsys.readouterr().out
+
+
+def test_no_script_hides_a_package() -> None:
+    """A script's folder comes first on the path, and Transformers imports ``kernels`` if there is one."""
+    names = {path.stem for path in [*BENCHMARKS.glob("*.py"), *(BENCHMARKS.parent / "examples").glob("*.py")]}
+    assert not names & {"kernels", "torch", "transformers", "datasets", "peft", "trl", "evaluate", "accelerate"}

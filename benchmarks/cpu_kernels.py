@@ -1,7 +1,7 @@
 """Speed of the CPU kernels against torch's float layers, torch's own quantized ops and bitsandbytes.
 
-    python benchmarks/kernels.py                 # every op x shapes of SmolLM2-135M, MiniLM and Llama-1B x M
-    python benchmarks/kernels.py --only w8a8 --shapes 2048x2048 --rows 1,128
+    python benchmarks/cpu_kernels.py                 # every op x shapes of SmolLM2-135M, MiniLM and Llama-1B x M
+    python benchmarks/cpu_kernels.py --only w8a8 --shapes 2048x2048 --rows 1,128
 
 With one thread the clock is the thread's own CPU time, which other programs disturb less than wall time. Weights of
 M <= 8 rotate over copies larger than the cache. Each row shows the largest error, relative to the largest result of a
