@@ -51,7 +51,7 @@ $(VENV)/models: $(VENV)/installed
 
 $(COMPAT_VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(COMPAT_VENV)
-	sed 's/^transformers==.*/transformers==5.17.*/' constraints.txt > $(COMPAT_VENV)/constraints.txt
+	sed -e 's/^transformers==.*/transformers==5.17.*/' -e '/^huggingface_hub==/d' constraints.txt > $(COMPAT_VENV)/constraints.txt
 	$(COMPAT_VENV)/bin/python $(PIP) -c $(COMPAT_VENV)/constraints.txt -e '.[dev,demo]'
 	touch $@
 

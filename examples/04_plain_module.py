@@ -25,8 +25,9 @@ def main(smoke: bool = False) -> None:
         reloaded = load_quantized(make_model(), Path(folder) / "int4").eval()
         assert torch.equal(model(x), reloaded(x))
         floats = dequantize_model(reloaded)
-        assert torch.equal(model(x), floats(x))
-    print("saved, loaded and dequantized: equal outputs")
+        # In another order of additions, on native kernels; HFQUANT_KERNELS=reference makes it equal to the last bit.
+        torch.testing.assert_close(model(x), floats(x))
+    print("saved, loaded: equal outputs; dequantized: the same to float32 rounding")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ def train(data: Data, config: TrainingConfig) -> None:
     reloaded = AutoModelForCausalLM.from_pretrained(final)
     ids = torch.arange(3, 19).unsqueeze(0)
     with torch.no_grad():
-        same = torch.equal(reloaded(ids).logits, trainer.model.eval().cpu()(ids).logits)
+        # Native kernels add up in another order; with HFQUANT_KERNELS=reference they are equal to the last bit.
+        same = torch.allclose(reloaded(ids).logits, trainer.model.eval().cpu()(ids).logits, rtol=1e-4, atol=1e-4)
     info = get_quantization_info(reloaded)
     print(f"{final}: mode {info.quantization_mode}, INT{info.quantization_bits}; same logits as in training: {same}")
     assert same or config.bf16 or config.fp16  # under autocast the trained model is compared under autocast

@@ -115,7 +115,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.algorithm, self.backend, self.iterations = algorithm, backend, iterations
         self.bnb_4bit_quant_type, self.bnb_4bit_use_double_quant = bnb_4bit_quant_type, bnb_4bit_use_double_quant
         self.skip_modules, self.overrides, self.seed = skip_modules, overrides, seed
-        self.strict, self.dequantize = strict, dequantize
+        self.strict, self.dequantize, self.requested = strict, dequantize, dict[str, Any]()
         self.activation_observer, self.smoothquant = activation_observer, smoothquant
         self.calibration_samples, self.calibration_length = calibration_samples, calibration_length
         self.calibration: dict[str, Any] | None = record.pop("calibration", None)
@@ -123,7 +123,6 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.format_version: Any = record.pop("format_version", FORMAT_VERSION)
         self.hfquant_version, self.save_id = record.pop("hfquant_version", None), record.pop("save_id", None)
         self.quantization_mode: str | None = record.pop("quantization_mode", None)
-        self.requested: dict[str, Any] = {}
         self.resume: Any = record.pop("resume", None)  # a store for finished weights, while from_pretrained runs
         _refuse_unknown(record)
         self.check()
