@@ -162,7 +162,7 @@ def linear_parity(device: str, shapes: list[tuple[int, int]]) -> list[Row]:
             near = is_near(result, linear(x.double(), values, bias.double()), linear(x, values.to(dtype), bias))
             same = torch.equal(result, OPS[bits](x, *packed, bias=bias))
             rows.append({"check": f"linear {bits} g{group} zero={zero} {n}x{k} M={m} {dtype}", "ok": near and same})
-            codes, scale = quantize_rows(x)
+            codes, scale, _ = quantize_rows(x)
             expected = quantize_rows_reference(x.cpu(), None)
             rounded = codes.double() * scale.double()
             result = OPS[bits](x, *packed, bias=bias, dynamic=True)

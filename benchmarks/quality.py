@@ -36,6 +36,7 @@ INT8 = {"quantization_bits": 8}
 SCHEMES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "INT8 weight-only": (INT8 | {"quantization_type": "weight_only"}, (16, 8, 4)),
     "INT8 dynamic": (INT8 | {"quantization_type": "dynamic"}, (8,)),
+    "INT8 dynamic, symmetric": (INT8 | {"quantization_type": "dynamic", "activation_symmetric": True}, (8,)),
     "INT8 dynamic, calibrated": (INT8 | {"quantization_type": "dynamic", "algorithm": "gptq"}, (8,)),
     "INT4 g64 absmax": (INT4 | {"group_size": 64, "algorithm": "rtn"}, (8,)),
     "INT4 g64 search": (INT4 | {"group_size": 64}, (16, 8, 4)),
@@ -50,6 +51,7 @@ LANGUAGE: dict[str, dict[str, Any]] = {
 ENCODER: dict[str, dict[str, Any]] = {
     "INT8 weight-only": INT8 | {"quantization_type": "weight_only"},
     "INT8 dynamic": INT8 | {"quantization_type": "dynamic"},
+    "INT8 dynamic, symmetric": INT8 | {"quantization_type": "dynamic", "activation_symmetric": True},
     "INT8 static": INT8 | {"quantization_type": "static"},
     "INT4 g32": INT4 | {"group_size": 32},
     "INT4 g32, embeddings 4": INT4 | {"group_size": 32, "embedding_bits": 4},

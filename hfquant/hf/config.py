@@ -19,6 +19,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "quantization_bits": (8, 4),
     "quantization_type": ("dynamic", "static", "weight_only"),
     "symmetric": (True, False),
+    "activation_symmetric": (True, False),
     "algorithm": ("rtn", "search", "gptq", "signround"),
     "activation_observer": ("minmax", "percentile", "mse"),
     "smoothquant": (True, False),
@@ -56,12 +57,14 @@ class HfQuantConfig(QuantizationConfigMixin):
 
     Args:
         quantization_bits: Bits of the weights, 8 (default) or 4.
-        quantization_type: ``"weight_only"`` (default for 4 bits), ``"dynamic"`` (INT8 activations, one scale per token
-            at run time; default for 8 bits) or ``"static"`` (INT8 activations, scales from calibration data).
+        quantization_type: ``"weight_only"`` (default for 4 bits), ``"dynamic"`` (INT8 activations, one scale and zero
+            point per token at run time; default for 8 bits) or ``"static"`` (INT8 activations, scales from calibration data).
         group_size: Inputs that share a scale; -1 means one scale per output channel. ``None`` takes one scale per
             channel for 8 bits; for 4 bits the largest of 64, 32, 16 (128 too above a billion parameters) that divides
             the layer's inputs. A size that is given never changes: layers it does not divide are an error.
-        symmetric: Without zero points (default ``True``).
+        symmetric: Weights without zero points (default ``True``).
+        activation_symmetric: Dynamic activations without zero points. The default ``False`` spans the range of each
+            token in 255 steps, about half the error; engines that read symmetric ones only need ``True``.
         algorithm: ``"gptq"`` (default where calibration data is given), ``"signround"`` (learned rounding, the best and
             slowest), ``"search"`` (default without data) or ``"rtn"`` (round to nearest).
         embedding_bits: Bits of the input embedding and the output head, 8 (default), 4, or 16 to keep them in float.
@@ -107,6 +110,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         calibration_samples: int | None = None,
         calibration_length: int | None = None,
         seed: int | None = None,
+        activation_symmetric: bool | None = None,
         **record: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
@@ -117,6 +121,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.skip_modules, self.overrides, self.seed = skip_modules, overrides, seed
         self.strict, self.dequantize, self.requested = strict, dequantize, dict[str, Any]()
         self.activation_observer, self.smoothquant = activation_observer, smoothquant
+        self.activation_symmetric = activation_symmetric
         self.calibration_samples, self.calibration_length = calibration_samples, calibration_length
         self.calibration: dict[str, Any] | None = record.pop("calibration", None)
         self.modules: dict[str, str] | None = record.pop("modules", None)
@@ -147,6 +152,15 @@ class HfQuantConfig(QuantizationConfigMixin):
             for pattern in self.skip_modules:
                 ModulePattern(pattern)
         self._overrides()
+        kinds = {self._resolved_type(), *(override.quantization_type for override in self._overrides())}
+        if self.activation_symmetric is not None and "dynamic" not in kinds:
+            raise ConfigError(
+                f"activation_symmetric={self.activation_symmetric} is about dynamic activations, and there are none; "
+                "leave it unset, or take quantization_type='dynamic'"
+            )
+
+    def _resolved_type(self) -> str:
+        return self.quantization_type or ("dynamic" if self.quantization_bits in (None, 8) else "weight_only")
 
     def _overrides(self) -> tuple[ModuleOverride, ...]:
         if self.overrides is None:
@@ -159,12 +173,12 @@ class HfQuantConfig(QuantizationConfigMixin):
         """The settings with every default filled in: the one place where defaults are."""
         self.check()
         bits = 8 if self.quantization_bits is None else self.quantization_bits
-        default_type = "dynamic" if bits == 8 else "weight_only"
         return QuantizationSettings(
             bits=bits,  # type: ignore[arg-type]
-            quantization_type=self.quantization_type or default_type,  # type: ignore[arg-type]
+            quantization_type=self._resolved_type(),  # type: ignore[arg-type]
             group_size=self.group_size,
             symmetric=True if self.symmetric is None else self.symmetric,
+            activation_symmetric=bool(self.activation_symmetric),
             embedding_bits=8 if self.embedding_bits is None else self.embedding_bits,
             skip_modules=tuple(ModulePattern(pattern) for pattern in self.skip_modules or ()),
             overrides=self._overrides(),
@@ -180,6 +194,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         settings = self.resolve()
         self.quantization_bits, self.quantization_type = settings.bits, settings.quantization_type
         self.symmetric, self.embedding_bits = settings.symmetric, settings.embedding_bits
+        if any("-dynamic" in scheme for scheme in modules.values()):
+            self.activation_symmetric = settings.activation_symmetric
         self.algorithm, self.backend = self.resolved_algorithm, "hfquant"
         self.modules, self.hfquant_version, self.format_version = dict(modules), version, FORMAT_VERSION
 

@@ -214,7 +214,7 @@ class FakeQuantModule(nn.Module):
         if activation is None:
             return {}
         if activation.dynamic:
-            return {"dynamic": True}
+            return {"dynamic": True, "asymmetric": not activation.symmetric}
         return {"input_log_scale": self.beside(name, "input_log_scale"), "input_scale": self.input_scale(name)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FakeQuantModule":

@@ -213,7 +213,7 @@ class PackedModule(nn.Module):
         if activation is None:
             return {}
         if activation.dynamic:
-            return {"dynamic": True}
+            return {"dynamic": True, "asymmetric": not activation.symmetric}
         return {"input_scale": self._parameters[companion_name(name, "input_scale")]}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedModule":

@@ -18,7 +18,7 @@ from hfquant.kernels.int8_linear.reference import quant_linear_reference
 from hfquant.kernels.quantize_rows import quantize_rows
 from hfquant.kernels.quantize_rows.reference import quantize_rows_reference
 from hfquant.numerics.affine import scale_to_bits
-from tests.support.linear_case import DTYPES, KINDS, LinearCase
+from tests.support.linear_case import DTYPES, INTEGER_KINDS, KINDS, LinearCase
 from tests.support.packed import pack_
 from tests.support.tolerance import assert_close
 
@@ -38,12 +38,12 @@ def instruction_set(request: pytest.FixtureRequest) -> object:
 
 def reference(case: LinearCase, x: Tensor, kind: str, bias: Tensor | None) -> Tensor:
     given = case.arguments(kind)
-    scale, dynamic = given.get("input_scale"), given.get("dynamic", False)
-    return quant_linear_reference(x, *case.packed, scale, bias, dynamic, bits=case.bits)
+    scale, dynamic, asymmetric = (given.get(name) for name in ("input_scale", "dynamic", "asymmetric"))
+    return quant_linear_reference(x, *case.packed, scale, bias, bool(dynamic), bool(asymmetric), bits=case.bits)
 
 
 @pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", INTEGER_KINDS)
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_integer_layers_are_the_reference_bit_for_bit(bits: int, m: int, kind: str) -> None:
@@ -74,6 +74,9 @@ def test_the_largest_sums_are_exact(value: int) -> None:
         case.packed = (torch.full_like(case.packed[0], 0 if value < 0 else -1), *case.packed[1:])
         x = torch.full((m, k), -300.0) * float(case.input_scale)  # saturates at -128
         assert torch.equal(case.run(x, "static"), reference(case, x, "static", None))
+        for sign in (-1, 1):  # rows without a value of the other sign have all 255 steps on one side
+            x = sign * torch.rand(m, k)
+            assert torch.equal(case.run(x, "dynamic-asym"), reference(case, x, "dynamic-asym", None))
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -81,11 +84,14 @@ def test_the_largest_sums_are_exact(value: int) -> None:
 def test_codes_of_activations_are_exact(dtype: torch.dtype) -> None:
     halves = torch.arange(-130, 130).repeat(2).float() / 2  # ties
     rows = [halves * 2.0**e for e in (-130, -100, 0, 3, 100) if dtype == torch.float32 or e in (0, 3)]
-    x = torch.stack([*rows, torch.randn(520) * 3, torch.zeros(520)]).to(dtype)
+    x = torch.stack([*rows, torch.randn(520) * 3, torch.rand(520), -torch.rand(520), torch.zeros(520)]).to(dtype)
     for scale in (None, torch.tensor([0.5]), torch.tensor([3e-5])):
-        found, expected = quantize_rows(x, scale), quantize_rows_reference(x, scale)
-        assert torch.equal(found[0], expected[0])
-        assert torch.equal(found[1], expected[1].expand_as(found[1]))
+        for asymmetric in (False, True):
+            found = quantize_rows(x, scale, asymmetric=asymmetric)
+            expected = quantize_rows_reference(x, scale, asymmetric)
+            assert torch.equal(found[0], expected[0])
+            assert torch.equal(found[1], expected[1].expand_as(found[1]))
+            assert torch.equal(found[2], expected[2])
 
 
 @pytest.mark.usefixtures("instruction_set")

@@ -80,17 +80,19 @@ def test_dequantize_of_experts_and_of_nothing() -> None:
     assert dequantize_triton(words[:0], scale[:0], None, 4, 32, torch.float32).shape == (0, 32)
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", "dynamic-asym", "static"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 40), (3, 1025), (2, 9000), (0, 8), (4, 0)], ids=str)
-def test_quantize_rows(shape: tuple[int, int], dtype: torch.dtype, static: bool) -> None:
+def test_quantize_rows(shape: tuple[int, int], dtype: torch.dtype, kind: str) -> None:
     x = (torch.randn(shape) * 10.0 ** torch.randint(-3, 4, (shape[0], 1))).to(dtype)
     x[1:2] = 0
+    x[:1] = x[:1].abs()
     if x.numel() > 100:
         x[2:3, 5], x[3:4, 7], x[4:5, 2] = math.nan, math.inf, -math.inf
-    scale = torch.tensor([0.02]) if static else None
-    expected, found = quantize_rows_reference(x, scale), quantize_rows_triton(x, scale)
+    given = (torch.tensor([0.02]) if kind == "static" else None, kind == "dynamic-asym")
+    expected, found = quantize_rows_reference(x, *given), quantize_rows_triton(x, *given)
     assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[2], expected[2])
     assert torch.equal(found[1].nan_to_num(nan=-1), expected[1].expand_as(found[1]).nan_to_num(nan=-1))
 
 
