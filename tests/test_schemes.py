@@ -28,9 +28,7 @@ schemes = st.builds(
     st.booleans(),
     st.booleans(),
 )
-spellings = st.from_regex(
-    r"int[48]-(channel|g[1-9][0-9]{0,4})(-asym)?(-dynamic(-asym)?|-static)?", fullmatch=True
-)
+spellings = st.from_regex(r"int[48]-(channel|g[1-9][0-9]{0,4})(-asym)?(-dynamic(-asym)?|-static)?", fullmatch=True)
 names = st.text("ab.", max_size=12)
 globs = st.text("ab.*?", min_size=1, max_size=8)
 

@@ -58,7 +58,8 @@ class HfQuantConfig(QuantizationConfigMixin):
     Args:
         quantization_bits: Bits of the weights, 8 (default) or 4.
         quantization_type: ``"weight_only"`` (default for 4 bits), ``"dynamic"`` (INT8 activations, one scale and zero
-            point per token at run time; default for 8 bits) or ``"static"`` (INT8 activations, scales from calibration data).
+            point per token at run time; default for 8 bits) or ``"static"`` (INT8 activations, scales from calibration
+            data).
         group_size: Inputs that share a scale; -1 means one scale per output channel. ``None`` takes one scale per
             channel for 8 bits; for 4 bits the largest of 64, 32, 16 (128 too above a billion parameters) that divides
             the layer's inputs. A size that is given never changes: layers it does not divide are an error.
