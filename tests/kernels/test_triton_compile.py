@@ -127,6 +127,7 @@ def test_int8_matmul(m: int, limit: float, asymmetric: bool, capability: int) ->
     fits(built, capability)
     assert built.has(r"\b(IGMMA|IMMA|UTC\w*MMA)\b")
     assert built.has(WIDE_LOAD)
+    limit += 0.35 * asymmetric  # the product with ones
     assert len(built.loop()) * 32 * warps / (tile.get("S", 1) * tile["BK"] * tile["BN"]) <= limit
 
 

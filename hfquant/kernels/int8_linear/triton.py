@@ -15,7 +15,10 @@ from hfquant.numerics.packing import PackedWeight
 
 @triton.jit
 def _without_zero(acc, sums, zx_ptr, token):
-    """Sums ``[BN, BM]`` of products with codes, less the zero points of the rows times the sums of weights ``[BN]``."""
+    """Sums ``[BN, BM]`` of products with codes, less the zero points of the rows times the sums of weights ``[BN]``.
+
+    Those come from a product with 16 columns of ones: adding them up outside the tensor cores costs an instruction a weight.
+    """
     return acc - sums[:, None] * tl.load(zx_ptr + token).to(tl.int32)[None, :]
 
 
@@ -39,7 +42,7 @@ def int8_few_rows_kernel(
     row, token = tl.minimum(n, N - 1).to(tl.int64), tl.minimum(m, M - 1).to(tl.int64)
     k = tl.arange(0, S)[:, None, None] * BK + tl.arange(0, BK)[None, None, :]
     w_at, x_at = w_ptr + row[None, :, None] * WIDTH + k, x_ptr + token[None, :, None] * K + k
-    acc, sums = tl.zeros((S, BN, BM), tl.int32), tl.zeros((S, BN), tl.int32)
+    acc, sums = tl.zeros((S, BN, BM), tl.int32), tl.zeros((S, BN, 16), tl.int32)
     for i in tl.range(0, tl.cdiv(K, S * BK), num_stages=STAGES):
         if EVEN:
             w, x = tl.load(w_at + i * (S * BK)), tl.load(x_at + i * (S * BK))
@@ -48,11 +51,11 @@ def int8_few_rows_kernel(
             x = tl.load(x_at + i * (S * BK), mask=i * (S * BK) + k < K, other=0)
         acc = tl.dot(w ^ -128, tl.trans(x, 0, 2, 1), acc, out_dtype=tl.int32)
         if zx_ptr is not None:
-            known = i * (S * BK) + k < K
-            sums += tl.sum(tl.where(known, (w ^ -128).to(tl.int32), 0), 2)
+            ones = tl.broadcast_to((i * (S * BK) + tl.trans(k, 0, 2, 1) < K).to(tl.int8), (S, BK, 16))
+            sums = tl.dot(w ^ -128, ones, sums, out_dtype=tl.int32)
     total = tl.sum(acc, 0)
     if zx_ptr is not None:
-        total = _without_zero(total, tl.sum(sums, 0), zx_ptr, token)
+        total = _without_zero(total, tl.max(tl.sum(sums, 0), 1), zx_ptr, token)
     _store_scaled(total, sw_ptr, sx_ptr, bias_ptr, out_ptr, n, m, row, token, M, N)
 
 
@@ -70,7 +73,7 @@ def int8_many_rows_kernel(
     m = inside // height * BM + tl.arange(0, BM)
     row, token, k = tl.minimum(n, N - 1).to(tl.int64), tl.minimum(m, M - 1).to(tl.int64), tl.arange(0, BK)
     w_at, x_at = w_ptr + row[:, None] * WIDTH + k[None, :], x_ptr + token[None, :] * K + k[:, None]
-    acc, sums = tl.zeros((BN, BM), tl.int32), tl.zeros((BN,), tl.int32)
+    acc, sums = tl.zeros((BN, BM), tl.int32), tl.zeros((BN, 16), tl.int32)
     for i in tl.range(0, tl.cdiv(K, BK), num_stages=STAGES):
         if EVEN:
             w, x = tl.load(w_at + i * BK), tl.load(x_at + i * BK)
@@ -79,9 +82,10 @@ def int8_many_rows_kernel(
             x = tl.load(x_at + i * BK, mask=i * BK + k[:, None] < K, other=0)
         acc = tl.dot(w ^ -128, x, acc, out_dtype=tl.int32)
         if zx_ptr is not None:
-            sums += tl.sum(tl.where(i * BK + k[None, :] < K, (w ^ -128).to(tl.int32), 0), 1)
+            ones = tl.broadcast_to((i * BK + k[:, None] < K).to(tl.int8), (BK, 16))
+            sums = tl.dot(w ^ -128, ones, sums, out_dtype=tl.int32)
     if zx_ptr is not None:
-        acc = _without_zero(acc, sums, zx_ptr, token)
+        acc = _without_zero(acc, tl.max(sums, 1), zx_ptr, token)
     _store_scaled(acc, sw_ptr, sx_ptr, bias_ptr, out_ptr, n, m, row, token, M, N)
 
 
