@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import _assign_is_quantized
 
 from hfquant.errors import CalibrationError, ConfigError
+from hfquant.hf.allocation import allocate_bits_
 from hfquant.hf.bitsandbytes import (
     BACKEND,
     dequantize_bitsandbytes_,
@@ -82,13 +83,18 @@ def quantize_model_ptq(
         config.algorithm = "gptq"
     static = any(scheme.quantization_type == "static" for scheme in selection.schemes.values())
     needed = static or config.resolved_algorithm in CALIBRATED
-    _check_calibration_data(calibration_data, needed=needed, config=config)
+    budget, data = config.budget(), None
+    _check_calibration_data(calibration_data, needed=needed, used=budget is not None, config=config)
     training = model.training
-    if needed:
+    if calibration_data is not None and (needed or budget is not None):
         data = read_calibration_data(model, calibration_data, config, tokenizer)
+        config.calibration = data.record()
+    if budget is not None:
+        batches = None if data is None else data.batches
+        config.allocation = allocate_bits_(model, selection, config, budget, batches, resume=resume, progress=progress)
+    if needed and data is not None:
         options = calibration_options(config, progress=progress)
         quantizer.results = calibrate_(model, selection, data.batches, options, resume)
-        config.calibration = data.record()
     else:
         quantize_modules_(model, selection, algorithm=config.resolved_algorithm, progress=progress)
     config.quantization_mode = None  # whatever the config was made for before
@@ -115,14 +121,14 @@ def _check_is_float(model: nn.Module) -> None:
     model.hf_quantizer.remove_quantization_config(model)
 
 
-def _check_calibration_data(data: Any, *, needed: bool, config: HfQuantConfig) -> None:
+def _check_calibration_data(data: Any, *, needed: bool, used: bool, config: HfQuantConfig) -> None:
     settings = config.resolve()
     if needed and data is None:
         what = f"algorithm={config.algorithm!r}" if config.algorithm in CALIBRATED else "quantization_type='static'"
         raise CalibrationError(
             f"{what} needs calibration_data: texts, token ids or batches that the model is called with"
         )
-    if not needed and data is not None:
+    if not needed and not used and data is not None:
         warnings.warn(
             f"calibration_data is not used: quantization_type={settings.quantization_type!r} with algorithm="
             f"{config.resolved_algorithm!r} needs none",

@@ -140,6 +140,11 @@ class HfQuantQuantizer(HfQuantizer):
                 f"algorithm={self.quantization_config.algorithm!r} needs calibration data, which from_pretrained "
                 "cannot take; load the float model and call quantize_model_ptq(model, ..., calibration_data=...)"
             )
+        if self.quantization_config.budget() is not None:
+            raise ConfigError(
+                "target_bits, target_size and target_error compare all layers, and from_pretrained quantizes weight by "
+                "weight; load the float model and call quantize_model_ptq(model, ...)"
+            )
         for name, scheme in self.selection.schemes.items():
             if scheme.quantization_type == "static":
                 raise ConfigError(
