@@ -38,6 +38,9 @@ def quantize(
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Without zero points.")] = None,
     algorithm: Annotated[str | None, typer.Option(help="gptq, signround, search or rtn.")] = None,
     embedding_bits: Annotated[int | None, typer.Option(help="Embedding and head: 8, 4, or 16 for float.")] = None,
+    target_bits: Annotated[float | None, typer.Option(help="Choose bits and group per layer: this average.")] = None,
+    target_size: Annotated[str | None, typer.Option(help="Choose them for a size: 90MB.")] = None,
+    target_error: Annotated[float | None, typer.Option(help="Choose them for an estimated mean KL.")] = None,
     backend: Annotated[str | None, typer.Option(help="hfquant or bitsandbytes.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Module to keep in float; repeat for more.")] = None,
     strict: Annotated[bool | None, typer.Option("--strict", help="Fail if a linear layer would stay float.")] = None,
@@ -58,18 +61,23 @@ def quantize(
     output = check_output(output, model, overwrite=overwrite)
     fields: dict[str, Any] = {} if config is None else load_config_file(config)
     fields |= {FIELDS[name]: value for name, value in given.items() if name in FIELDS and value not in (None, [])}
-    started = time.perf_counter()
-    settings = HfQuantConfig(**fields)
-    _check_request(model, settings, calibration)
-    resume = _resume_folder(model, output, fields, dtype, calibration)
-    quantized = _load_quantized(model, settings, dtype, calibration, resume)
-    report = quality_report(quantized, model, time.perf_counter() - started)
-    if evaluate is not None:
-        report["quality"] = _quality(model, quantized, evaluate, evaluate_tokens)
-    _save(quantized, output, model, report, max_shard_size)
-    resume.remove()
-    summary = _summary(quantized, output, time.perf_counter() - started)
+    summary = _run(model, output, fields, given)
     print_result(summary, as_json=json, title=f"{model} -> {output}")
+
+
+def _run(model: str, output: Path, fields: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Quantize, report and save; what is finished lies on disk at any time, and is cleared away in the end."""
+    started, settings, calibration = time.perf_counter(), HfQuantConfig(**fields), given["calibration"]
+    _check_request(model, settings, calibration)
+    resume = _resume_folder(model, output, fields, given["dtype"], calibration)
+    quantized = _load_quantized(model, settings, given["dtype"], calibration, resume)
+    report = quality_report(quantized, model, time.perf_counter() - started)
+    if given["evaluate"] is not None:
+        report["quality"] = _quality(model, quantized, given["evaluate"], given["evaluate_tokens"])
+    _save(quantized, output, model, report, given["max_shard_size"])
+    summary = _summary(quantized, output, time.perf_counter() - started)
+    resume.remove()
+    return summary
 
 
 FIELDS = {
@@ -79,6 +87,9 @@ FIELDS = {
     "symmetric": "symmetric",
     "algorithm": "algorithm",
     "embedding_bits": "embedding_bits",
+    "target_bits": "target_bits",
+    "target_size": "target_size",
+    "target_error": "target_error",
     "backend": "backend",
     "skip": "skip_modules",
     "strict": "strict",
@@ -141,16 +152,12 @@ def _resume_folder(
 def _load_quantized(
     model: str, config: HfQuantConfig, dtype: str, calibration: Path | None, resume: ResumeFolder
 ) -> PreTrainedModel:
-    if calibration is None:
+    if calibration is None and config.budget() is None:
         config.resume = resume
         return load_model(model, dtype=dtype, quantization_config=config)
-    return quantize_model_ptq(
-        load_model(model, dtype=dtype),
-        config,
-        calibration_data=calibration,
-        tokenizer=load_tokenizer(model),
-        resume=resume,
-    )
+    tokenizer = None if calibration is None else load_tokenizer(model)
+    floats = load_model(model, dtype=dtype)
+    return quantize_model_ptq(floats, config, calibration_data=calibration, tokenizer=tokenizer, resume=resume)
 
 
 def quality_report(quantized: PreTrainedModel, model: str, seconds: float) -> dict[str, Any]:
@@ -176,6 +183,7 @@ def quality_report(quantized: PreTrainedModel, model: str, seconds: float) -> di
         "bits_per_weight": info.bits_per_weight,
         "coverage": info.coverage,
         "calibration": quantizer.quantization_config.calibration,
+        "allocation": quantizer.quantization_config.allocation,
         "seconds": seconds,
         "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

@@ -93,7 +93,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What matters most, as label and value."""
-    quality, calibration = report.get("quality"), report.get("calibration")
+    quality, calibration, allocation = report.get("quality"), report.get("calibration"), report.get("allocation")
     rows = [
         ("algorithm", str(report["algorithm"])),
         ("size", f"{report['bytes_before'] / 1e6:.1f} MB → {report['bytes_after'] / 1e6:.1f} MB"),
@@ -109,6 +109,11 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("same most likely token", f"{100 * quality['top1_agreement']:.1f} %"),
             ("measured on", f"{quality['tokens']} tokens, windows of {quality['context']}"),
         ]
+    if allocation:
+        loss = f"{allocation['error']:.3g}, measured as {allocation['kind']}"
+        rows.append(
+            ("bits by budget", f"{allocation['bits']:.3f} per weight of the linear layers; estimated loss {loss}")
+        )
     if calibration:
         rows.append(("calibrated on", f"{calibration['tokens']} tokens, sha256 {calibration['sha256'][:16]}…"))
     return [

@@ -12,8 +12,8 @@ from hfquant.hf.roles import model_roles
 from hfquant.nn.packed_module import FloatWeight, packed_bytes
 from hfquant.nn.select import Selection, packed_class
 from hfquant.ptq.allocate import Allocation, Budget, allocate_
-from hfquant.ptq.calibrated import Store
 from hfquant.ptq.sensitivity import measure_sensitivity
+from hfquant.ptq.store import Store
 from hfquant.schemes import LayerScheme
 
 
@@ -56,7 +56,7 @@ def allocate_bits_(
     units = allocated_units(model, selection, config)
     measured = None
     if batches is not None:
-        weights = {key: weight for name in sum(units, ()) for key, weight in _weights(model, name)}
+        weights = {key: weight for name in sum(units, ()) for key, weight in float_weights(model, name)}
         measured = measure_sensitivity(model, weights, batches, seed=config.seed or 0, progress=progress)
     made = allocate_(
         model,
@@ -96,14 +96,15 @@ def fixed_bytes(model: nn.Module, selection: Selection, allocated: Iterable[str]
     parameters = {id(parameter): parameter for parameter in model.parameters()}
     total, free = 0, set(allocated)
     for name, scheme in selection.schemes.items():
-        for key, weight in _weights(model, name):
+        for key, weight in float_weights(model, name):
             parameter = parameters.pop(id(model.get_parameter(key)), None)
             if parameter is not None and name not in free:
                 total += packed_bytes(weight, scheme)
     return total + sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
 
 
-def _weights(model: nn.Module, name: str) -> list[tuple[str, FloatWeight]]:
+def float_weights(model: nn.Module, name: str) -> list[tuple[str, FloatWeight]]:
+    """Full name and shape of each float parameter that the module ``name`` will have packed."""
     module = model.get_submodule(name)
     target = packed_class(module)
     assert target is not None

@@ -134,6 +134,10 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.activation_observer, self.smoothquant = activation_observer, smoothquant
         self.calibration_samples, self.calibration_length = calibration_samples, calibration_length
         self.target_bits, self.target_size, self.target_error = target_bits, target_size, target_error
+        self._take_record(record)
+        self.check()
+
+    def _take_record(self, record: dict[str, Any]) -> None:
         self.calibration: dict[str, Any] | None = record.pop("calibration", None)
         self.allocation: dict[str, Any] | None = record.pop("allocation", None)
         self.modules: dict[str, str] | None = record.pop("modules", None)
@@ -142,7 +146,6 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.quantization_mode: str | None = record.pop("quantization_mode", None)
         self.resume: Any = record.pop("resume", None)  # a store for finished weights, while from_pretrained runs
         _refuse_unknown(record)
-        self.check()
 
     def check(self) -> None:
         """Check every field.

@@ -12,9 +12,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from hfquant.formats.headers import DTYPE_BYTES, read_header
+from hfquant.hf.allocation import allocated_units, fixed_bytes, float_weights
 from hfquant.hf.calibration import CALIBRATION_LENGTH, CALIBRATION_SAMPLES, calibration_options
 from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.quantizer import HfQuantQuantizer
+from hfquant.nn.select import Selection
 from hfquant.ptq.plan import Effort, Plan, make_plan
 from hfquant.ptq.quantize_matrix import CALIBRATED
 
@@ -55,9 +57,24 @@ def plan_quantization(
         element_size=element_size,
         flops=_measured_flops(),
         process_bytes=_process_bytes(),
+        allocated=_allocated_bytes(floats, quantizer.selection, config),
     )
     text: Any = floats.config.get_text_config() if isinstance(floats, PreTrainedModel) else None
     return make_plan(floats, quantizer.selection, effort, getattr(text, "hidden_size", 0) or 0)
+
+
+def _allocated_bytes(model: nn.Module, selection: Selection, config: HfQuantConfig) -> dict[str, int]:
+    """Bytes of each layer whose bits will be chosen, at the average that the budget leaves; nothing if it says none."""
+    budget = config.budget()
+    if budget is None or budget.error is not None:
+        return {}
+    names = [name for unit in allocated_units(model, selection, config) for name in unit]
+    weights = {name: sum(weight.numel for _, weight in float_weights(model, name)) for name in names}
+    bits = budget.bits
+    if bits is None:
+        assert budget.size is not None
+        bits = 8 * (budget.size - fixed_bytes(model, selection, names)) / sum(weights.values())
+    return {name: int(count * bits / 8) for name, count in weights.items()}
 
 
 def _on_meta(name: str) -> PreTrainedModel:

@@ -24,9 +24,10 @@ from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.hf.roles import tie_companions
 from hfquant.nn.select import Selection
 from hfquant.nn.swap import packed_modules, restore_modules_
-from hfquant.ptq.calibrated import Store, calibrate_
+from hfquant.ptq.calibrated import calibrate_
 from hfquant.ptq.quantize import quantize_modules_
 from hfquant.ptq.quantize_matrix import CALIBRATED
+from hfquant.ptq.store import Store
 
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,14 +79,33 @@ def quantize_model_ptq(
         return model
     quantizer = HfQuantQuantizer(config, pre_quantized=False)
     quantizer.select(model)
-    selection = quantizer.selection
+    training = model.training
+    _quantize_(model, quantizer, calibration_data, tokenizer, resume, progress=progress)
+    config.quantization_mode = None  # whatever the config was made for before
+    config.freeze({name: str(scheme) for name, scheme in quantizer.selection.schemes.items()}, version("hfquant"))
+    quantizer.pre_quantized = True
+    _attach(model, quantizer, quantizer.selection)
+    model.train(training)
+    return model
+
+
+def _quantize_(
+    model: nn.Module,
+    quantizer: HfQuantQuantizer,
+    calibration_data: Any,
+    tokenizer: Any,
+    resume: Store | None,
+    *,
+    progress: bool,
+) -> None:
+    """Choose bits if there is a budget, then quantize what is selected, with data where that is needed."""
+    config, selection = quantizer.quantization_config, quantizer.selection
     if config.algorithm is None and calibration_data is not None:
         config.algorithm = "gptq"
     static = any(scheme.quantization_type == "static" for scheme in selection.schemes.values())
     needed = static or config.resolved_algorithm in CALIBRATED
     budget, data = config.budget(), None
     _check_calibration_data(calibration_data, needed=needed, used=budget is not None, config=config)
-    training = model.training
     if calibration_data is not None and (needed or budget is not None):
         data = read_calibration_data(model, calibration_data, config, tokenizer)
         config.calibration = data.record()
@@ -95,14 +115,9 @@ def quantize_model_ptq(
     if needed and data is not None:
         options = calibration_options(config, progress=progress)
         quantizer.results = calibrate_(model, selection, data.batches, options, resume)
-    else:
-        quantize_modules_(model, selection, algorithm=config.resolved_algorithm, progress=progress)
-    config.quantization_mode = None  # whatever the config was made for before
-    config.freeze({name: str(scheme) for name, scheme in selection.schemes.items()}, version("hfquant"))
-    quantizer.pre_quantized = True
-    _attach(model, quantizer, selection)
-    model.train(training)
-    return model
+        return
+    algorithm = config.resolved_algorithm
+    quantize_modules_(model, selection, algorithm=algorithm, store=resume, progress=progress)
 
 
 def _check_is_float(model: nn.Module) -> None:
@@ -121,7 +136,7 @@ def _check_is_float(model: nn.Module) -> None:
     model.hf_quantizer.remove_quantization_config(model)
 
 
-def _check_calibration_data(data: Any, *, needed: bool, used: bool, config: HfQuantConfig) -> None:
+def _check_calibration_data(data: Any, *, needed: bool, config: HfQuantConfig, used: bool = False) -> None:
     settings = config.resolve()
     if needed and data is None:
         what = f"algorithm={config.algorithm!r}" if config.algorithm in CALIBRATED else "quantization_type='static'"

@@ -88,6 +88,14 @@ def test_ptq_at_smoke_size(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert "| gptq |" in capsys.readouterr().out
 
 
+def test_allocation_at_smoke_size(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rows = load("allocate").main(["--smoke"])["language"]
+    assert all(4.3 < row["bits"] <= 4.5 for row in rows)
+    assert rows[0]["schemes"] == "14 x int4-g32"
+    assert len({row["schemes"] for row in rows}) > 1
+
+
 def test_no_script_hides_a_package() -> None:
     """A script's folder comes first on the path, and Transformers imports ``kernels`` if there is one."""
     names = {path.stem for path in [*BENCHMARKS.glob("*.py"), *(BENCHMARKS.parent / "examples").glob("*.py")]}
