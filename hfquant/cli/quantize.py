@@ -17,13 +17,14 @@ from hfquant.cli.models import check_output, folder_bytes, load_language_model, 
 from hfquant.cli.output import print_result
 from hfquant.cli.text import load_tokenizer, read_text, text_tokens
 from hfquant.errors import CalibrationError, ConfigError
-from hfquant.evaluation.report import measure_quality, write_report
+from hfquant.evaluation.report import measure_quality
 from hfquant.formats.headers import canonicalize_header
+from hfquant.formats.quality_report import write_report
 from hfquant.formats.resume import ResumeFolder, run_fingerprint
 from hfquant.formats.staging import staged_folder
 from hfquant.hf.companions import copy_companion_files
 from hfquant.hf.config import HfQuantConfig
-from hfquant.hf.info import QuantizationInfo, get_quantization_info
+from hfquant.hf.info import QuantizationInfo, activation_shares, get_quantization_info
 from hfquant.hf.quantize import quantize_model_ptq
 from hfquant.ptq.layer_result import LayerResult
 from hfquant.ptq.quantize_matrix import CALIBRATED
@@ -183,6 +184,7 @@ def quality_report(quantized: PreTrainedModel, model: str, seconds: float) -> di
         "bits_per_weight": info.bits_per_weight,
         "coverage": info.coverage,
         "calibration": quantizer.quantization_config.calibration,
+        "activations": activation_shares(quantized),
         "allocation": quantizer.quantization_config.allocation,
         "seconds": seconds,
         "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
