@@ -1,7 +1,6 @@
 """``hfquant quantize``: a float checkpoint to a quantized one."""
 
 import math
-import resource
 import shutil
 import time
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from hfquant.formats.staging import staged_folder
 from hfquant.hf.companions import copy_companion_files
 from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.info import QuantizationInfo, activation_shares, get_quantization_info
+from hfquant.hf.plan import peak_process_bytes
 from hfquant.hf.quantize import quantize_model_ptq
 from hfquant.ptq.layer_result import LayerResult
 from hfquant.ptq.quantize_matrix import CALIBRATED
@@ -37,7 +37,7 @@ def quantize(
     type: Annotated[str | None, typer.Option(help="weight_only, dynamic or static.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale; -1: one per channel.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Without zero points.")] = None,
-    algorithm: Annotated[str | None, typer.Option(help="gptq, signround, search or rtn.")] = None,
+    algorithm: Annotated[str | None, typer.Option(help="gptq, signround, awq, search or rtn.")] = None,
     embedding_bits: Annotated[int | None, typer.Option(help="Embedding and head: 8, 4, or 16 for float.")] = None,
     target_bits: Annotated[float | None, typer.Option(help="Choose bits and group per layer: this average.")] = None,
     target_size: Annotated[str | None, typer.Option(help="Choose them for a size: 90MB.")] = None,
@@ -187,7 +187,7 @@ def quality_report(quantized: PreTrainedModel, model: str, seconds: float) -> di
         "activations": activation_shares(quantized),
         "allocation": quantizer.quantization_config.allocation,
         "seconds": seconds,
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory": peak_process_bytes(),
     }
 
 

@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "quantization_bits": (8, 4),
     "quantization_type": ("dynamic", "static", "weight_only"),
     "symmetric": (True, False),
-    "algorithm": ("rtn", "search", "gptq", "signround"),
+    "algorithm": ("rtn", "search", "awq", "gptq", "signround"),
     "activation_observer": ("minmax", "percentile", "mse"),
     "smoothquant": (True, False),
     "embedding_bits": (16, 8, 4),
@@ -68,7 +68,8 @@ class HfQuantConfig(QuantizationConfigMixin):
             the layer's inputs. A size that is given never changes: layers it does not divide are an error.
         symmetric: Without zero points (default ``True``).
         algorithm: ``"gptq"`` (default where calibration data is given), ``"signround"`` (learned rounding, the best and
-            slowest), ``"search"`` (default without data) or ``"rtn"`` (round to nearest).
+            slowest), ``"awq"`` (large inputs get finer weights where norms can absorb that, then the weighted search),
+            ``"search"`` (default without data) or ``"rtn"`` (round to nearest).
         embedding_bits: Bits of the input embedding and the output head, 8 (default), 4, or 16 to keep them in float.
         skip_modules: Names, parts of names (``"mlp.down_proj"``) or globs of modules to keep in float.
         overrides: Module name, part or glob -> fields that differ there (``quantization_bits`` 16, 8 or 4,

@@ -1,8 +1,9 @@
 """``plan_quantization``: what quantizing a model will take and give, before any work."""
 
 import copy
-import resource
+import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def plan_quantization(
         iterations=calibration_options(config, progress=False).iterations,
         element_size=element_size,
         flops=_measured_flops(),
-        process_bytes=_process_bytes(),
+        process_bytes=peak_process_bytes(),
         allocated=_allocated_bytes(floats, quantizer.selection, config),
     )
     text: Any = floats.config.get_text_config() if isinstance(floats, PreTrainedModel) else None
@@ -106,5 +107,16 @@ def _measured_flops() -> float:
     return PROBE_RUNS * 2 * PROBE_SIZE**3 / max(1e-9, time.perf_counter() - started)
 
 
-def _process_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_process_bytes() -> int:
+    """The most memory this process had so far; 0 where the system does not say (Windows)."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage starts with the peak of the process that forked this one
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM"):
+                return 1024 * int(line.split()[1])
+    try:
+        resource: Any = import_module("resource")
+    except ImportError:
+        return 0
+    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -18,6 +18,7 @@ from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.select import Selection, packed_class
 from hfquant.numerics.affine import scale_to_bits
 from hfquant.numerics.observers import choose_input_scale
+from hfquant.ptq.awq import equalize_
 from hfquant.ptq.blocks import Call, find_stacks, is_chain, quiet_model, record_calls
 from hfquant.ptq.calibrate import run_batch
 from hfquant.ptq.layer_result import LayerResult, layer_result, settle_scheme, stacked
@@ -230,13 +231,17 @@ class Calibration:
         modules: Mapping[str, nn.Module],
         found: Mapping[WeightKey, InputStatistics],
     ) -> None:
-        """Move outliers of INT8 activations into the weights of one block, where that is exact."""
+        """Move outliers of INT8 activations into the weights of one block, or equalise its weights, where exact."""
         linear = {n: m for n, m in modules.items() if WeightKey(n, "weight") in found}
-        schemes = self.selection.schemes
-        if block is None or not self.options.smoothquant or all(schemes[name].activation is None for name in linear):
+        schemes, options = self.selection.schemes, self.options
+        smooth = options.smoothquant and any(schemes[name].activation is not None for name in linear)
+        if block is None or not (smooth or options.algorithm == "awq"):
             return
         folds = find_folds(block, runs[0], linear)
-        self.alphas |= smooth_(folds, linear, schemes, found, self.options.observer)
+        if smooth:
+            self.alphas |= smooth_(folds, linear, schemes, found, options.observer)
+        if options.algorithm == "awq":
+            self.alphas |= equalize_(folds, linear, schemes, found)
 
     def _learn_rounding(
         self, modules: Mapping[str, nn.Module], results: dict[str, dict[str, list[MatrixResult]]], tasks: list[Task]
@@ -280,6 +285,8 @@ class Calibration:
         assert target is not None
         originals = {key: w.to_rows(module.get_parameter(key)) for key, w in target.weights_of(module).items()}
         scheme, note = settle_scheme(scheme, originals, results, found, name, self.options.observer)
+        if name in self.alphas:
+            note = "; ".join(filter(None, (f"inputs rescaled, alpha {self.alphas[name]:.1f}", note)))
         self.selection.schemes[name] = scheme
         target.swap_(module, scheme)
         assert isinstance(module, PackedModule)
