@@ -83,7 +83,7 @@ def test_ptq_at_smoke_size(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     ptq = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ptq)
     rows = {row["method"]: row for row in ptq.main(["--smoke"])["rows"]}
-    assert set(rows) == {"rtn", "search", "gptq", "signround"}
+    assert set(rows) == {"rtn", "search", "awq", "gptq", "signround"}
     assert all(row["perplexity"] > 1 for row in rows.values())
     assert "| gptq |" in capsys.readouterr().out
 
