@@ -41,7 +41,7 @@ def iterations_of(method: str, options: argparse.Namespace) -> int:
 def our_model(source: Path, method: str, rows: torch.Tensor, options: argparse.Namespace, out: Path) -> dict[str, Any]:
     algorithm = method.partition(":")[0]
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    data = {"calibration_data": [{"input_ids": part} for part in rows.split(4)]} if algorithm in ("awq", "gptq", "signround") else {}
+    data = {"calibration_data": [{"input_ids": part} for part in rows.split(4)]} if algorithm in OURS[2:] else {}
     started = time.perf_counter()
     quantize_model_ptq(
         model,
