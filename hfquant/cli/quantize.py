@@ -77,6 +77,7 @@ def _run(model: str, output: Path, fields: dict[str, Any], given: dict[str, Any]
         report["quality"] = _quality(model, quantized, given["evaluate"], given["evaluate_tokens"])
     _save(quantized, output, model, report, given["max_shard_size"])
     summary = _summary(quantized, output, time.perf_counter() - started)
+    del quantized  # its weights are mapped from what is removed now, which not every system allows
     resume.remove()
     return summary
 

@@ -47,7 +47,7 @@ class ResumeFolder:
         """Keep a finished part; returns its tensors as ``load`` does."""
         whole, partial = self._file(part), self._file(part).with_suffix(".partial")
         if not self.folder.is_dir():
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "run.json").write_text(self.fingerprint, encoding="utf-8")
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, partial, metadata={"record": json.dumps(record)})

@@ -53,9 +53,10 @@ def quantize_model_ptq(
     Args:
         model: Float model (float32, bfloat16 or float16), a ``PreTrainedModel`` or any ``nn.Module``.
         config: What to do; ``None`` starts from the defaults.
-        calibration_data: For ``algorithm="gptq"`` and ``"signround"`` and for ``quantization_type="static"``: a text
-            file, texts, lists of token ids, a ``datasets.Dataset`` with ``text`` or ``input_ids``, or batches that the
-            model is called with (a DataLoader, mappings of its arguments, tuples, or tensors).
+        calibration_data: For ``algorithm="gptq"``, ``"signround"`` and ``"awq"``, for ``quantization_type="static"``,
+            and for ``target_bits`` to see what errors cost the output: a text file, texts, lists of token ids, a
+            ``datasets.Dataset`` with ``text`` or ``input_ids``, or batches that the model is called with (a DataLoader,
+            mappings of its arguments, tuples, or tensors).
         tokenizer: For texts; ``None`` takes the one beside the model.
         resume: Keeps finished blocks of a calibrated run (``formats/resume.py``); the command line makes one.
         progress: Show progress bars.
@@ -65,7 +66,8 @@ def quantize_model_ptq(
         ``model``.
 
     Raises:
-        ConfigError: If a field is wrong, does not fit the model, or the model is quantized already.
+        ConfigError: If a field is wrong, does not fit the model, the model is quantized already, or no choice of bits
+            keeps to ``target_bits``, ``target_size`` or ``target_error``.
         CalibrationError: If calibration data is missing, empty or does not reach every static layer.
         SchemeError: If a weight holds NaN or infinity.
     """
