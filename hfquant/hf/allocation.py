@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from torch import nn
+from transformers.utils import logging
 
 from hfquant.formats.engines import FUSED
 from hfquant.hf.config import HfQuantConfig
@@ -12,10 +13,12 @@ from hfquant.hf.roles import model_roles
 from hfquant.nn.packed_module import FloatWeight, packed_bytes
 from hfquant.nn.select import Selection, packed_class
 from hfquant.ptq.allocate import Allocation, Budget, allocate_
-from hfquant.ptq.sensitivity import measure_sensitivity
+from hfquant.ptq.sensitivity import Measured, measure_sensitivity
 from hfquant.ptq.store import Store
 from hfquant.schemes import LayerScheme
 
+
+logger = logging.get_logger(__name__)
 
 PART = "allocation"
 """Name of the allocation among the finished parts of a run."""
@@ -58,6 +61,7 @@ def allocate_bits_(
     if batches is not None:
         weights = {key: weight for name in sum(units, ()) for key, weight in float_weights(model, name)}
         measured = measure_sensitivity(model, weights, batches, seed=config.seed or 0, progress=progress)
+        units = _reached(model, units, measured)
     made = allocate_(
         model,
         selection,
@@ -71,6 +75,16 @@ def allocate_bits_(
     if resume is not None:
         resume.save(PART, {}, asdict(made))
     return _record(made)
+
+
+def _reached(model: nn.Module, units: list[tuple[str, ...]], measured: Measured) -> list[tuple[str, ...]]:
+    """Without layers that the measured output does not depend on: they keep the scheme they have without a budget."""
+    moved = {key for key, factors in measured.factors.items() if bool(factors[1].any())}
+    reached = [unit for unit in units if any(key in moved for name in unit for key, _ in float_weights(model, name))]
+    for unit in units:
+        if unit not in reached:
+            logger.warning(f"hfquant: {', '.join(unit)}: no calibration data reaches it; its bits are not chosen")
+    return reached
 
 
 def _record(made: Allocation) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from hfquant.evaluation.compare import compare_models
 from hfquant.formats.headers import DTYPE_BYTES, read_header
 from hfquant.formats.resume import ResumeFolder
 from hfquant.nn.select import packed_class
+from hfquant.nn.swap import packed_modules
 from hfquant.ptq import allocate
 from hfquant.ptq.allocate import Option, matrix_error, solve, solve_for_error
 from hfquant.ptq.sensitivity import measure_sensitivity
@@ -105,7 +106,8 @@ def test_the_average_is_kept_and_the_checkpoint_is_an_ordinary_one(name: str, ca
     quantize_model_ptq(model, target_bits=5.4, progress=False, **fields)
     info, config = get_quantization_info(model), model.config.quantization_config
     tables = {q.tied_to for q in info.quantized} | {q.name for q in info.quantized if q.tied_to or "emb" in q.name}
-    chosen = [q for q in info.quantized if q.name not in tables and "wte" not in q.name and "head" not in q.name]
+    others = ("wte", "head", *(["pooler"] if calibrated else []))
+    chosen = [q for q in info.quantized if q.name not in tables and not any(part in q.name for part in others)]
     bits = 8 * sum(q.bytes_after for q in chosen) / sum(q.numel for q in chosen)
     assert 4.9 < bits <= 5.4
     assert config.allocation["bits"] == pytest.approx(bits)
@@ -156,6 +158,13 @@ def test_a_group_that_was_asked_for_is_the_only_one() -> None:
     quantize_model_ptq(model, target_bits=6, group_size=16, progress=False)
     schemes = set(model.config.quantization_config.modules.values()) - {"int8-channel"}
     assert schemes == {"int4-g16", "int8-g16"}
+
+
+def test_a_layer_that_the_output_does_not_depend_on_keeps_its_scheme() -> None:
+    model, fields = build("bert"), {"quantization_bits": 8, "quantization_type": "weight_only"}
+    quantize_model_ptq(model, target_bits=5.4, calibration_data=data("bert"), progress=False, **fields)
+    assert str(model.pooler.dense.scheme) == "int8-channel"  # the pooler is not what is measured
+    assert any(str(m.scheme).startswith("int4") for _, m in packed_modules(model))
 
 
 def test_an_interrupted_run_does_not_choose_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
