@@ -1,10 +1,12 @@
 """Calibrated INT4 on a language model, ours and other packages', on the same tokens, judged by one program.
 
-    python benchmarks/ptq.py --text wikitext2-valid.txt --peer auto-round=PYTHON --peer nf4=PYTHON
+    python benchmarks/ptq.py --text wikitext2-valid.txt --keep DIR --peer auto-round:50=PYTHON --peer nf4=PYTHON
 
-Calibrates on the first 70 % of --text and measures on its last 30 %: perplexity, mean KL and top-1 agreement against
-the float model. Embeddings and head stay in float, as the peers leave them. A peer runs in its own environment: give
-the interpreter that has it. Every row states seconds; all have 4-bit linear layers with groups of --group-size.
+Calibrates on the first 70 % of --text and measures on its last 30 %, and on --second-text if there is one: perplexity,
+mean KL and top-1 agreement against the float model. Embeddings and head stay in float, as the peers leave them. A peer
+runs in its own environment: give the interpreter that has it. ``:50`` behind a name are iterations. Every row states
+seconds; all have 4-bit linear layers with groups of --group-size. With --keep the models stay in DIR, and what is
+there already is not made again: the long runs can be done one by one.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,16 @@ from hfquant.evaluation.compare import compare_models
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).parent))
 
-OURS = ("rtn", "search", "gptq", "signround")
+OURS = ("rtn", "search", "awq", "gptq", "signround")
 CALIBRATION_SHARE = 0.7
 
 
-def our_model(source: Path, algorithm: str, rows: torch.Tensor, options: argparse.Namespace) -> tuple[Any, float]:
+def iterations_of(method: str, options: argparse.Namespace) -> int:
+    return int(method.partition(":")[2] or options.iterations)
+
+
+def our_model(source: Path, method: str, rows: torch.Tensor, options: argparse.Namespace, out: Path) -> dict[str, Any]:
+    algorithm = method.partition(":")[0]
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     data = {"calibration_data": [{"input_ids": part} for part in rows.split(4)]} if algorithm in OURS[2:] else {}
     started = time.perf_counter()
@@ -42,41 +50,67 @@ def our_model(source: Path, algorithm: str, rows: torch.Tensor, options: argpars
         group_size=options.group_size,
         embedding_bits=16,
         algorithm=algorithm,
-        iterations=options.iterations,
+        iterations=iterations_of(method, options),
         progress=not options.smoke,
         **data,
     )
-    return dequantize_model(model), time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    dequantize_model(model).save_pretrained(out)
+    return {"package": f"hfquant {version('hfquant')}", "threads": torch.get_num_threads(), "seconds": seconds}
 
 
 def peer_model(
-    source: Path, peer: str, python: str, rows: torch.Tensor, options: argparse.Namespace
-) -> tuple[Any, float]:
+    source: Path, method: str, python: str, rows: torch.Tensor, options: argparse.Namespace, out: Path
+) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        tokens, out = Path(folder) / "tokens.safetensors", Path(folder) / "out"
+        tokens = Path(folder) / "tokens.safetensors"
         save_file({"input_ids": rows}, tokens)
-        command = [python, str(Path(__file__).with_name("ptq_peers.py")), peer, "--model", str(source)]
-        command += ["--tokens", str(tokens), "--out", str(out), "--iters", str(options.iterations)]
-        subprocess.run([*command, "--group-size", str(options.group_size)], check=True)
-        record = json.loads((out / "peer.json").read_text())
-        return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), record["seconds"]
+        command = [python, str(Path(__file__).with_name("ptq_peers.py")), method.partition(":")[0]]
+        command += ["--model", str(source), "--tokens", str(tokens), "--out", str(out)]
+        command += ["--iters", str(iterations_of(method, options)), "--group-size", str(options.group_size)]
+        subprocess.run(command, check=True)
+    found: dict[str, Any] = json.loads((out / "peer.json").read_text())
+    return found
 
 
-def rows_of(source: Path, calibration: torch.Tensor, ids: torch.Tensor, options: argparse.Namespace) -> list[dict]:
-    """One row a method, all compared with the float model in one pass."""
-    models, seconds = {}, {}
-    for algorithm in options.ours:
-        models[algorithm], seconds[algorithm] = our_model(source, algorithm, calibration, options)
-    for given in options.peer:
-        peer, _, python = given.partition("=")
-        models[peer], seconds[peer] = peer_model(source, peer, python, calibration, options)
+def make_models(
+    source: Path, calibration: torch.Tensor, options: argparse.Namespace, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """What is recorded of each method, whose model then lies in ``folder``."""
+    records = {}
+    peers = dict(given.split("=", 1) for given in options.peer)
+    for method in [*options.ours, *peers]:
+        out = folder / method.replace(":", "-")
+        record = out / "record.json"
+        if not record.is_file():
+            out.mkdir(parents=True, exist_ok=True)
+            if method in peers:
+                made = peer_model(source, method, peers[method], calibration, options, out)
+            else:
+                made = our_model(source, method, calibration, options, out)
+            record.write_text(json.dumps(made))
+        records[method] = json.loads(record.read_text())
+    return records
+
+
+def rows_of(
+    source: Path, texts: dict[str, torch.Tensor], records: dict[str, dict], folder: Path, options: argparse.Namespace
+) -> list[dict]:
+    """One row a method and text, all compared with the float model in one pass."""
+    models = {
+        method: AutoModelForCausalLM.from_pretrained(folder / method.replace(":", "-"), dtype=torch.float32)
+        for method in records
+    }
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    found = compare_models(original, models, ids, context=options.context, progress=not options.smoke)
     rows = []
-    for name, result in found.items():
-        increase = 100 * (result.perplexity / result.reference_perplexity - 1)
-        measured = {"perplexity": result.perplexity, "increase_percent": increase, "mean_kl": result.mean_kl}
-        rows.append({"method": name, **measured, "top1_percent": 100 * result.top1_agreement, "seconds": seconds[name]})
+    for text, ids in texts.items():
+        found = compare_models(original, models, ids, context=options.context, progress=not options.smoke)
+        for method, result in found.items():
+            increase = 100 * (result.perplexity / result.reference_perplexity - 1)
+            measured = {"perplexity": result.perplexity, "increase_percent": increase, "mean_kl": result.mean_kl}
+            measured |= {"top1_percent": 100 * result.top1_agreement, "tokens": len(ids)}
+            measured["reference_perplexity"] = result.reference_perplexity
+            rows.append({"text": text, "method": method} | measured | records[method])
     return rows
 
 
@@ -89,8 +123,11 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8192, help="tokens to measure on; 0 takes all")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=50)
-    parser.add_argument("--ours", nargs="*", default=list(OURS), choices=OURS)
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--ours", nargs="*", default=list(OURS), metavar="ALGORITHM[:ITERATIONS]")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME[:ITERATIONS]=PYTHON")
+    parser.add_argument("--second-text", action="store_true", help="also the help topics of Python")
+    parser.add_argument("--keep", type=Path, help="where the models stay")
+    parser.add_argument("--only-make", action="store_true", help="make the models and measure another time")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--smoke", action="store_true", help="a tiny random model, in seconds")
     return parser.parse_args(given)
@@ -102,14 +139,32 @@ def windows_of(ids: torch.Tensor, options: argparse.Namespace) -> torch.Tensor:
     return whole[chosen.sort().values]
 
 
-def smoke_rows(options: argparse.Namespace) -> list[dict]:
+def smoke_rows(options: argparse.Namespace, folder: Path) -> list[dict]:
     options.context, options.samples, options.iterations, options.group_size = 16, 4, 2, 32
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes)).save_pretrained(folder)
-        ids = torch.arange(256) * 7 % 250
-        return rows_of(Path(folder), windows_of(ids, options), ids[:64], options)
+    source = folder / "float"
+    LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes)).save_pretrained(source)
+    ids = torch.arange(256) * 7 % 250
+    records = make_models(source, windows_of(ids, options), options, folder)
+    return rows_of(source, {"smoke": ids[:64]}, records, folder, options)
+
+
+def real_rows(options: argparse.Namespace, folder: Path) -> list[dict]:
+    from demo_models import fetch_smollm2
+
+    from hfquant.cli.text import default_text
+
+    source = options.model or fetch_smollm2()[0]
+    text = options.text.read_text(encoding="utf-8") if options.text else default_text()
+    cut = int(len(text) * CALIBRATION_SHARE)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    texts = [text[:cut], text[cut:], *([default_text()] if options.second_text else [])]
+    calibration, *judged = (tokenizer(t, return_tensors="pt", verbose=False)["input_ids"][0] for t in texts)
+    names = ("last 30 % of the text", "help topics of Python")
+    measured = {name: ids[: options.tokens or None] for name, ids in zip(names, judged, strict=False)}
+    records = make_models(source, windows_of(calibration, options), options, folder)
+    return [] if options.only_make else rows_of(source, measured, records, folder, options)
 
 
 def main(given: list[str] | None = None) -> dict[str, Any]:
@@ -117,23 +172,10 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
 
     options = arguments(given)
     results: dict[str, Any] = machine() | {"command": "python benchmarks/ptq.py " + " ".join(given or sys.argv[1:])}
-    if options.smoke:
-        results["rows"] = smoke_rows(options)
-    else:
-        from demo_models import fetch_smollm2
-
-        from hfquant.cli.text import default_text
-
-        source = options.model or fetch_smollm2()[0]
-        text = options.text.read_text(encoding="utf-8") if options.text else default_text()
-        cut = int(len(text) * CALIBRATION_SHARE)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        calibration, ids = (
-            tokenizer(t, return_tensors="pt", verbose=False)["input_ids"][0] for t in (text[:cut], text[cut:])
-        )
-        ids = ids[: options.tokens or None]
-        results |= {"tokens": len(ids), "calibration_windows": options.samples, "iterations": options.iterations}
-        results["rows"] = rows_of(source, windows_of(calibration, options), ids, options)
+    results |= {"calibration_windows": options.samples, "window": options.context}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.keep or Path(temporary)
+        results["rows"] = smoke_rows(options, folder) if options.smoke else real_rows(options, folder)
     for key, value in results.items():
         print("\n" + table(value) if isinstance(value, list) else f"{key}: {value}")
     if options.json:

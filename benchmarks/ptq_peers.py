@@ -43,6 +43,8 @@ def auto_round(options: argparse.Namespace) -> str:
         amp=False,
     )
     rounder.quantize_and_save(options.out, format="fake")
+    for made in list(options.out.glob("*-w*g*/*")):  # it makes a folder of its own
+        made.rename(options.out / made.name)
     return f"auto-round {version('auto-round')}"
 
 

@@ -25,6 +25,7 @@ import hfquant
 from hfquant import dequantize_model, get_quantization_info, quantize_model_ptq
 from hfquant.cli.text import default_text
 from hfquant.evaluation.compare import compare_models, sentence_similarity, spearman
+from hfquant.hf.info import activation_shares
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -33,11 +34,14 @@ RESULTS = Path(__file__).with_name("results")
 
 INT4 = {"quantization_bits": 4, "quantization_type": "weight_only"}
 INT8 = {"quantization_bits": 8}
+STATIC = INT8 | {"quantization_type": "static"}
+OBSERVERS = ("minmax", "percentile", "mse")
 SCHEMES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "INT8 weight-only": (INT8 | {"quantization_type": "weight_only"}, (16, 8, 4)),
     "INT8 dynamic": (INT8 | {"quantization_type": "dynamic"}, (8,)),
     "INT8 dynamic, symmetric": (INT8 | {"quantization_type": "dynamic", "activation_symmetric": True}, (8,)),
     "INT8 dynamic, calibrated": (INT8 | {"quantization_type": "dynamic", "algorithm": "gptq"}, (8,)),
+    **{f"INT8 static, {name}": (STATIC | {"activation_observer": name}, (8,)) for name in OBSERVERS},
     "INT4 g64 absmax": (INT4 | {"group_size": 64, "algorithm": "rtn"}, (8,)),
     "INT4 g64 search": (INT4 | {"group_size": 64}, (16, 8, 4)),
     "INT4 g32 absmax": (INT4 | {"group_size": 32, "algorithm": "rtn"}, (8,)),
@@ -52,7 +56,7 @@ ENCODER: dict[str, dict[str, Any]] = {
     "INT8 weight-only": INT8 | {"quantization_type": "weight_only"},
     "INT8 dynamic": INT8 | {"quantization_type": "dynamic"},
     "INT8 dynamic, symmetric": INT8 | {"quantization_type": "dynamic", "activation_symmetric": True},
-    "INT8 static": INT8 | {"quantization_type": "static"},
+    **{f"INT8 static, {name}": STATIC | {"activation_observer": name} for name in OBSERVERS},
     "INT4 g32": INT4 | {"group_size": 32},
     "INT4 g32, embeddings 4": INT4 | {"group_size": 32, "embedding_bits": 4},
 }
@@ -88,15 +92,17 @@ def language_rows(
         models, rows = {}, {}
         for number, (name, fields) in enumerate(schemes.items()):
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-            data = windows if fields.get("algorithm") == "gptq" else None
+            calibrated = fields.get("algorithm") == "gptq" or fields["quantization_type"] == "static"
+            data = windows if calibrated else None
             quantize_model_ptq(model, progress=False, calibration_data=data, **fields)
-            bits = get_quantization_info(model).bits_per_weight
+            bits, static = get_quantization_info(model).bits_per_weight, activation_shares(model)["static"]
             model.save_pretrained(folder / str(number))
             models[name] = AutoModelForCausalLM.from_pretrained(folder / str(number))
             if fields["quantization_type"] == "weight_only":
                 dequantize_model(models[name])  # the same values (tests/hf/test_dequantize.py), for all in one way
             size = file_bytes(folder / str(number))
             rows[name] = {"scheme": name, "MB": size / 1e6, "smaller": whole / size, "bits_per_weight": bits}
+            rows[name] |= {"static_percent": 100 * static} if static else {}
         compared = compare_models(original, models, ids, context=context)
     first = next(iter(compared.values()))
     result = [{"scheme": "float32", "MB": whole / 1e6, "smaller": 1.0, "perplexity": first.reference_perplexity}]
@@ -108,7 +114,13 @@ def language_rows(
     return result
 
 
-def encoder_rows(source: Path, pairs: list[tuple[str, str]], scores: torch.Tensor, sentences: list[str]) -> list[dict]:
+def encoder_rows(
+    source: Path,
+    pairs: list[tuple[str, str]],
+    scores: torch.Tensor,
+    sentences: list[str],
+    schemes: dict[str, dict[str, Any]],
+) -> list[dict]:
     """One row a scheme: Spearman's correlation x 100 of the model loaded from its saved file."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     original = AutoModel.from_pretrained(source, dtype=torch.float32)
@@ -119,7 +131,7 @@ def encoder_rows(source: Path, pairs: list[tuple[str, str]], scores: torch.Tenso
         original.save_pretrained(folder / "float32")
         whole = file_bytes(folder / "float32")
         rows = [{"scheme": "float32", "MB": whole / 1e6, "smaller": 1.0, "spearman": baseline}]
-        for number, (name, fields) in enumerate(ENCODER.items()):
+        for number, (name, fields) in enumerate(schemes.items()):
             data = batches if fields["quantization_type"] == "static" else None
             model = AutoModel.from_pretrained(source, dtype=torch.float32)
             quantize_model_ptq(model, progress=False, calibration_data=data, **fields)
@@ -128,6 +140,8 @@ def encoder_rows(source: Path, pairs: list[tuple[str, str]], scores: torch.Tenso
             value = 100 * spearman(sentence_similarity(loaded, tokenizer, pairs), scores)
             size = file_bytes(folder / str(number))
             row = {"scheme": name, "MB": size / 1e6, "smaller": whole / size}
+            static = activation_shares(loaded)["static"]
+            row |= {"static_percent": 100 * static} if static else {}
             rows.append(row | {"spearman": value, "difference": value - baseline})
     return rows
 
@@ -207,7 +221,8 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
             pairs, scores = read_pairs(options.sts)
             calibration = read_pairs(options.sts_calibration or options.sts)[0]
             sentences = [sentence for pair in calibration for sentence in pair]
-            results["encoder"] = encoder_rows(options.encoder or fetch_minilm()[0], pairs, scores, sentences)
+            wanted = {name: fields for name, fields in ENCODER.items() if options.only in name}
+            results["encoder"] = encoder_rows(options.encoder or fetch_minilm()[0], pairs, scores, sentences, wanted)
     for key, value in results.items():
         print("\n" + table(value) if isinstance(value, list) else f"{key}: {value}")
     if options.json:

@@ -1,7 +1,6 @@
 """``hfquant quantize``: a float checkpoint to a quantized one."""
 
 import math
-import resource
 import shutil
 import time
 from dataclasses import asdict
@@ -17,13 +16,15 @@ from hfquant.cli.models import check_output, folder_bytes, load_language_model, 
 from hfquant.cli.output import print_result
 from hfquant.cli.text import load_tokenizer, read_text, text_tokens
 from hfquant.errors import CalibrationError, ConfigError
-from hfquant.evaluation.report import measure_quality, write_report
+from hfquant.evaluation.report import measure_quality
 from hfquant.formats.headers import canonicalize_header
+from hfquant.formats.quality_report import write_report
 from hfquant.formats.resume import ResumeFolder, run_fingerprint
 from hfquant.formats.staging import staged_folder
 from hfquant.hf.companions import copy_companion_files
 from hfquant.hf.config import HfQuantConfig
-from hfquant.hf.info import QuantizationInfo, get_quantization_info
+from hfquant.hf.info import QuantizationInfo, activation_shares, get_quantization_info
+from hfquant.hf.plan import peak_process_bytes
 from hfquant.hf.quantize import quantize_model_ptq
 from hfquant.ptq.layer_result import LayerResult
 from hfquant.ptq.quantize_matrix import CALIBRATED
@@ -36,8 +37,11 @@ def quantize(
     type: Annotated[str | None, typer.Option(help="weight_only, dynamic or static.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale; -1: one per channel.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Without zero points.")] = None,
-    algorithm: Annotated[str | None, typer.Option(help="gptq, signround, search or rtn.")] = None,
+    algorithm: Annotated[str | None, typer.Option(help="gptq, signround, awq, search or rtn.")] = None,
     embedding_bits: Annotated[int | None, typer.Option(help="Embedding and head: 8, 4, or 16 for float.")] = None,
+    target_bits: Annotated[float | None, typer.Option(help="Choose bits and group per layer: this average.")] = None,
+    target_size: Annotated[str | None, typer.Option(help="Choose them for a size: 90MB.")] = None,
+    target_error: Annotated[float | None, typer.Option(help="Choose them for an estimated mean KL.")] = None,
     backend: Annotated[str | None, typer.Option(help="hfquant or bitsandbytes.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Module to keep in float; repeat for more.")] = None,
     strict: Annotated[bool | None, typer.Option("--strict", help="Fail if a linear layer would stay float.")] = None,
@@ -58,18 +62,24 @@ def quantize(
     output = check_output(output, model, overwrite=overwrite)
     fields: dict[str, Any] = {} if config is None else load_config_file(config)
     fields |= {FIELDS[name]: value for name, value in given.items() if name in FIELDS and value not in (None, [])}
-    started = time.perf_counter()
-    settings = HfQuantConfig(**fields)
-    _check_request(model, settings, calibration)
-    resume = _resume_folder(model, output, fields, dtype, calibration)
-    quantized = _load_quantized(model, settings, dtype, calibration, resume)
-    report = quality_report(quantized, model, time.perf_counter() - started)
-    if evaluate is not None:
-        report["quality"] = _quality(model, quantized, evaluate, evaluate_tokens)
-    _save(quantized, output, model, report, max_shard_size)
-    resume.remove()
-    summary = _summary(quantized, output, time.perf_counter() - started)
+    summary = _run(model, output, fields, given)
     print_result(summary, as_json=json, title=f"{model} -> {output}")
+
+
+def _run(model: str, output: Path, fields: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Quantize, report and save; what is finished lies on disk at any time, and is cleared away in the end."""
+    started, settings, calibration = time.perf_counter(), HfQuantConfig(**fields), given["calibration"]
+    _check_request(model, settings, calibration)
+    resume = _resume_folder(model, output, fields, given["dtype"], calibration)
+    quantized = _load_quantized(model, settings, given["dtype"], calibration, resume)
+    report = quality_report(quantized, model, time.perf_counter() - started)
+    if given["evaluate"] is not None:
+        report["quality"] = _quality(model, quantized, given["evaluate"], given["evaluate_tokens"])
+    _save(quantized, output, model, report, given["max_shard_size"])
+    summary = _summary(quantized, output, time.perf_counter() - started)
+    del quantized  # its weights are mapped from what is removed now, which not every system allows
+    resume.remove()
+    return summary
 
 
 FIELDS = {
@@ -79,6 +89,9 @@ FIELDS = {
     "symmetric": "symmetric",
     "algorithm": "algorithm",
     "embedding_bits": "embedding_bits",
+    "target_bits": "target_bits",
+    "target_size": "target_size",
+    "target_error": "target_error",
     "backend": "backend",
     "skip": "skip_modules",
     "strict": "strict",
@@ -141,16 +154,12 @@ def _resume_folder(
 def _load_quantized(
     model: str, config: HfQuantConfig, dtype: str, calibration: Path | None, resume: ResumeFolder
 ) -> PreTrainedModel:
-    if calibration is None:
+    if calibration is None and config.budget() is None:
         config.resume = resume
         return load_model(model, dtype=dtype, quantization_config=config)
-    return quantize_model_ptq(
-        load_model(model, dtype=dtype),
-        config,
-        calibration_data=calibration,
-        tokenizer=load_tokenizer(model),
-        resume=resume,
-    )
+    tokenizer = None if calibration is None else load_tokenizer(model)
+    floats = load_model(model, dtype=dtype)
+    return quantize_model_ptq(floats, config, calibration_data=calibration, tokenizer=tokenizer, resume=resume)
 
 
 def quality_report(quantized: PreTrainedModel, model: str, seconds: float) -> dict[str, Any]:
@@ -176,8 +185,10 @@ def quality_report(quantized: PreTrainedModel, model: str, seconds: float) -> di
         "bits_per_weight": info.bits_per_weight,
         "coverage": info.coverage,
         "calibration": quantizer.quantization_config.calibration,
+        "activations": activation_shares(quantized),
+        "allocation": quantizer.quantization_config.allocation,
         "seconds": seconds,
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory": peak_process_bytes(),
     }
 
 

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from hfquant.cli.output import print_json, print_result
-from hfquant.evaluation.report import read_report, report_html, report_markdown, summary_rows
+from hfquant.evaluation.report import report_html
+from hfquant.formats.quality_report import read_report, report_markdown, summary_rows
 
 
 def report(

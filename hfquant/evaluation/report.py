@@ -1,23 +1,19 @@
-"""The quality report: what was done to each layer and what it cost, as JSON beside the checkpoint and as a page."""
+"""The quality report: measured on text, and shown as a page; the file is ``formats/quality_report.py``."""
 
 import html
-import json
-import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hfquant.errors import FormatError
 from hfquant.evaluation.compare import sequence_loss, token_log_probabilities
 from hfquant.evaluation.perplexity import windows
+from hfquant.formats.quality_report import summary_rows
 from hfquant.numerics.metrics import log_probability_kl
 
 
-REPORT_FILE = "quality_report.json"
 KL_BIN_EDGES = (0.0, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, float("inf"))
 """In nats: divergences of single positions spread over many orders of magnitude."""
 
@@ -56,72 +52,6 @@ def measure_quality(
         "tokens": count,
         "context": context,
     }
-
-
-def write_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Store ``report`` beside the checkpoint in ``folder``."""
-    text = json.dumps(_finite(report), indent=1, sort_keys=True, allow_nan=False)
-    (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with null for numbers that JSON does not have (a layer that lost nothing has infinite SQNR)."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_report(folder: Path) -> dict[str, Any]:
-    """The report beside the checkpoint in ``folder``.
-
-    Raises:
-        FormatError: If there is none, or it is damaged.
-    """
-    file = folder / REPORT_FILE
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FormatError(f"{file}: no quality report; hfquant quantize writes one beside the checkpoint") from error
-    except ValueError as error:
-        raise FormatError(f"{file}: not JSON ({error}); the file is damaged") from error
-    if not isinstance(report, dict) or not isinstance(report.get("layers"), list):
-        raise FormatError(f"{file}: not a quality report of hfquant")
-    return report
-
-
-def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What matters most, as label and value."""
-    quality, calibration = report.get("quality"), report.get("calibration")
-    rows = [
-        ("algorithm", str(report["algorithm"])),
-        ("size", f"{report['bytes_before'] / 1e6:.1f} MB → {report['bytes_after'] / 1e6:.1f} MB"),
-        ("bits per quantized weight", f"{report['bits_per_weight']:.2f}"),
-        ("weights quantized", f"{100 * report['coverage']:.1f} %"),
-    ]
-    if quality:
-        increase = 100 * (quality["perplexity"] / quality["reference_perplexity"] - 1)
-        change = f"{quality['reference_perplexity']:.2f} → {quality['perplexity']:.2f} ({increase:+.1f} %)"
-        rows += [
-            ("perplexity", change),
-            ("mean KL", f"{quality['mean_kl']:.4f} nats"),
-            ("same most likely token", f"{100 * quality['top1_agreement']:.1f} %"),
-            ("measured on", f"{quality['tokens']} tokens, windows of {quality['context']}"),
-        ]
-    if calibration:
-        rows.append(("calibrated on", f"{calibration['tokens']} tokens, sha256 {calibration['sha256'][:16]}…"))
-    return [
-        *rows,
-        ("time", f"{report['seconds']:.0f} s"),
-        ("peak memory", f"{report['peak_memory'] / 1e9:.2f} GB"),
-    ]
-
-
-def report_markdown(report: Mapping[str, Any]) -> str:
-    """The summary as a Markdown table, for a model card."""
-    rows = "\n".join(f"| {label} | {value} |" for label, value in summary_rows(report))
-    return f"| quality report | |\n| --- | --- |\n{rows}\n"
 
 
 def report_html(report: Mapping[str, Any]) -> str:

@@ -3,6 +3,9 @@
 A folder ``.<output>.resume`` beside the output, with ``run.json`` (a fingerprint of the run: settings, model files,
 calibration data, versions) and one safetensors file for every part that is finished (a block, or a weight). A file
 appears under its name only when it is whole. The folder of another run is emptied, never mixed in.
+
+Integer tensors are handed back mapped from their file, so that finished parts take no memory of the process: the system
+reads their pages when they are needed, and drops them when memory is short.
 """
 
 import hashlib
@@ -16,6 +19,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from hfquant.errors import FormatError
 
 
 class ResumeFolder:
@@ -36,24 +41,21 @@ class ResumeFolder:
     def load(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and the record of a finished part; ``None`` if it is not finished."""
         file = self._file(part)
-        if not file.is_file():
-            return None
-        try:
-            with safe_open(file, framework="pt") as stored:
-                record = json.loads(stored.metadata()["record"])
-                return {name: stored.get_tensor(name).clone() for name in stored.keys()}, record  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError):
-            return None  # damaged from outside: it is made again
+        return _read(file) if file.is_file() else None
 
-    def save(self, part: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Keep a finished part."""
+    def save(self, part: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Keep a finished part; returns its tensors as ``load`` does."""
         whole, partial = self._file(part), self._file(part).with_suffix(".partial")
         if not self.folder.is_dir():
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "run.json").write_text(self.fingerprint, encoding="utf-8")
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, partial, metadata={"record": json.dumps(record)})
         os.replace(partial, whole)
+        found = _read(whole)
+        if found is None:
+            raise FormatError(f"{whole}: what was just written cannot be read; is the disk full?")
+        return found[0]
 
     def remove(self) -> None:
         """The run is complete: nothing of this is needed any more."""
@@ -61,6 +63,17 @@ class ResumeFolder:
 
     def _file(self, part: str) -> Path:
         return self.folder / f"{hashlib.sha256(part.encode()).hexdigest()[:24]}.safetensors"
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            record = json.loads(stored.metadata()["record"])
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError):
+        return None  # damaged from outside: it is made again
+    # Torch's float kernels round differently on unaligned memory, and there are few floats.
+    return {name: t.clone() if t.is_floating_point() else t for name, t in tensors.items()}, record
 
 
 def run_fingerprint(settings: Mapping[str, Any], files: Iterable[Path]) -> str:

@@ -17,15 +17,15 @@ INDEX = "model.safetensors.index.json"
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes of ``5GB``, ``300MiB`` or a number.
+def parse_size(size: int | str, name: str = "max_shard_size") -> int:
+    """Bytes of ``5GB``, ``300MiB`` or a number; ``name`` is the option's, for errors.
 
     Raises:
         ConfigError: If ``size`` is none of them.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(size).upper().strip())
     if match is None or match[2] not in UNITS or float(match[1]) <= 0:
-        raise ConfigError(f"max_shard_size={size!r}: expected a size such as 5GB, 300MiB or a number of bytes")
+        raise ConfigError(f"{name}={size!r}: expected a size such as 5GB, 300MiB or a number of bytes")
     return int(float(match[1]) * UNITS[match[2]])
 
 

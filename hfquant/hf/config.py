@@ -10,6 +10,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfquant.errors import ConfigError
 from hfquant.formats.native import FORMAT_VERSION
+from hfquant.formats.shards import parse_size
+from hfquant.ptq.allocate import Budget
 from hfquant.schemes import MAX_GROUP_SIZE, ModuleOverride, ModulePattern, QuantizationSettings
 
 
@@ -20,7 +22,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "quantization_type": ("dynamic", "static", "weight_only"),
     "symmetric": (True, False),
     "activation_symmetric": (True, False),
-    "algorithm": ("rtn", "search", "gptq", "signround"),
+    "algorithm": ("rtn", "search", "awq", "gptq", "signround"),
     "activation_observer": ("minmax", "percentile", "mse"),
     "smoothquant": (True, False),
     "embedding_bits": (16, 8, 4),
@@ -42,10 +44,13 @@ OVERRIDE_CHOICES: dict[str, tuple[Any, ...]] = {
 INTEGERS: dict[str, int] = {"iterations": 1, "calibration_samples": 1, "calibration_length": 2, "seed": 0}
 """Integer field -> the smallest value it takes."""
 
-USER_FIELDS = (*CHOICES, *INTEGERS, "group_size", "skip_modules", "overrides")
+TARGETS = ("target_bits", "target_size", "target_error")
+"""Fields that leave bits and groups of single layers to ``ptq/allocate.py``; at most one is set."""
+
+USER_FIELDS = (*CHOICES, *INTEGERS, "group_size", "skip_modules", "overrides", *TARGETS)
 RECORD_FIELDS = (
     *("quant_method", "format_version", "hfquant_version", "modules", "save_id", "quantization_mode"),
-    "calibration",
+    *("calibration", "allocation"),
 )
 LOAD_ONLY_FIELDS = ("dequantize", "strict")
 
@@ -67,7 +72,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         activation_symmetric: Dynamic activations without zero points. The default ``False`` spans the range of each
             token in 255 steps, about half the error; engines that read symmetric ones only need ``True``.
         algorithm: ``"gptq"`` (default where calibration data is given), ``"signround"`` (learned rounding, the best and
-            slowest), ``"search"`` (default without data) or ``"rtn"`` (round to nearest).
+            slowest), ``"awq"`` (large inputs get finer weights where norms can absorb that, then the weighted search),
+            ``"search"`` (default without data) or ``"rtn"`` (round to nearest).
         embedding_bits: Bits of the input embedding and the output head, 8 (default), 4, or 16 to keep them in float.
         skip_modules: Names, parts of names (``"mlp.down_proj"``) or globs of modules to keep in float.
         overrides: Module name, part or glob -> fields that differ there (``quantization_bits`` 16, 8 or 4,
@@ -82,6 +88,13 @@ class HfQuantConfig(QuantizationConfigMixin):
         calibration_samples: Windows of calibration text at most (default 128).
         calibration_length: Tokens in a window (default 512, or what the model takes).
         seed: Of the choice of windows and of learned rounding (default 0).
+        target_bits: Average bits per weight of the linear layers, scales included, as in 4.5: 4 bits in groups of 128,
+            64, 32 or 16, or 8 bits, chosen for each layer by what its error costs. Embeddings, heads and layers with
+            ``quantization_bits`` or ``group_size`` in ``overrides`` keep what they have, and do not count.
+        target_size: Instead: bytes of all stored tensors, a number or as in ``"90MB"``.
+        target_error: Instead: the smallest model whose estimated loss is at most this: mean KL in nats for models with
+            logits, relative squared error of the output for others; without calibration data the sum over layers of
+            noise to signal of their weights.
         strict: Raise if a linear layer would stay in float although nobody asked for it.
         dequantize: On loading a quantized checkpoint, return the float model of its values.
         record: What a checkpoint adds (``modules``, ``save_id``, ``format_version``, ...); not for users.
@@ -111,6 +124,9 @@ class HfQuantConfig(QuantizationConfigMixin):
         calibration_samples: int | None = None,
         calibration_length: int | None = None,
         seed: int | None = None,
+        target_bits: float | None = None,
+        target_size: int | str | None = None,
+        target_error: float | None = None,
         activation_symmetric: bool | None = None,
         **record: Any,
     ) -> None:
@@ -124,14 +140,19 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.activation_observer, self.smoothquant = activation_observer, smoothquant
         self.activation_symmetric = activation_symmetric
         self.calibration_samples, self.calibration_length = calibration_samples, calibration_length
+        self.target_bits, self.target_size, self.target_error = target_bits, target_size, target_error
+        self._take_record(record)
+        self.check()
+
+    def _take_record(self, record: dict[str, Any]) -> None:
         self.calibration: dict[str, Any] | None = record.pop("calibration", None)
+        self.allocation: dict[str, Any] | None = record.pop("allocation", None)
         self.modules: dict[str, str] | None = record.pop("modules", None)
         self.format_version: Any = record.pop("format_version", FORMAT_VERSION)
         self.hfquant_version, self.save_id = record.pop("hfquant_version", None), record.pop("save_id", None)
         self.quantization_mode: str | None = record.pop("quantization_mode", None)
         self.resume: Any = record.pop("resume", None)  # a store for finished weights, while from_pretrained runs
         _refuse_unknown(record)
-        self.check()
 
     def check(self) -> None:
         """Check every field.
@@ -153,15 +174,37 @@ class HfQuantConfig(QuantizationConfigMixin):
             for pattern in self.skip_modules:
                 ModulePattern(pattern)
         self._overrides()
-        kinds = {self._resolved_type(), *(override.quantization_type for override in self._overrides())}
+        self.budget()
+        kinds = {self._bits_and_type()[1], *(override.quantization_type for override in self._overrides())}
         if self.activation_symmetric is not None and "dynamic" not in kinds:
             raise ConfigError(
                 f"activation_symmetric={self.activation_symmetric} is about dynamic activations, and there are none; "
                 "leave it unset, or take quantization_type='dynamic'"
             )
 
-    def _resolved_type(self) -> str:
-        return self.quantization_type or ("dynamic" if self.quantization_bits in (None, 8) else "weight_only")
+    def _bits_and_type(self) -> tuple[int, str]:
+        default_bits = 8 if self.budget() is None else 4
+        bits = default_bits if self.quantization_bits is None else self.quantization_bits
+        return bits, self.quantization_type or ("dynamic" if bits == 8 else "weight_only")
+
+    def budget(self) -> Budget | None:
+        """What an allocation of bits has to keep to, if one is asked for.
+
+        Raises:
+            ConfigError: If two are asked for, or one is no positive number.
+        """
+        given = {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}
+        if not given:
+            return None
+        if len(given) > 1 or self.backend == "bitsandbytes":
+            other = "backend='bitsandbytes'" if len(given) == 1 else list(given)[1]
+            raise ConfigError(f"{next(iter(given))} and {other}: give one of them")
+        ((name, value),) = given.items()
+        if name == "target_size" and isinstance(value, str):
+            value = parse_size(value, name=name)
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            raise ConfigError(f"{name}={value!r}: expected a number above 0")
+        return Budget(**{name.removeprefix("target_"): int(value) if name == "target_size" else value})
 
     def _overrides(self) -> tuple[ModuleOverride, ...]:
         if self.overrides is None:
@@ -173,10 +216,10 @@ class HfQuantConfig(QuantizationConfigMixin):
     def resolve(self) -> QuantizationSettings:
         """The settings with every default filled in: the one place where defaults are."""
         self.check()
-        bits = 8 if self.quantization_bits is None else self.quantization_bits
+        bits, quantization_type = self._bits_and_type()
         return QuantizationSettings(
             bits=bits,  # type: ignore[arg-type]
-            quantization_type=self._resolved_type(),  # type: ignore[arg-type]
+            quantization_type=quantization_type,  # type: ignore[arg-type]
             group_size=self.group_size,
             symmetric=True if self.symmetric is None else self.symmetric,
             activation_symmetric=bool(self.activation_symmetric),

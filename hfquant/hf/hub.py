@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from hfquant.errors import ConfigError
+from hfquant.formats.quality_report import REPORT_FILE, read_report, report_markdown
 from hfquant.hf.source import local_folder
 from hfquant.hf.verify import EXPORT_RECORD
 
@@ -40,7 +41,7 @@ def model_card(
     metadata: Mapping[str, Any] | None = None,
     token: str | bool | None = None,
 ) -> ModelCard:
-    """The card of a quantized checkpoint, an export or an adapter.
+    """The card of a quantized checkpoint, an export or an adapter, with the quality report where there is one.
 
     Args:
         folder: The checkpoint.
@@ -63,6 +64,8 @@ def model_card(
     if base_model is not None:
         lines += [f"Made from [{base_model}](https://huggingface.co/{base_model}) with hfquant.", ""]
     lines += ["## Use", "", "```python", *facts["snippet"](name), "```", ""]
+    if (path / REPORT_FILE).is_file():
+        lines += ["## How it was quantized", "", report_markdown(read_report(path))]
     if quality:
         lines += ["## Quality", "", "| figure | value |", "| --- | --- |"]
         lines += [f"| {label} | {quality[key]:.4g} |" for key, label in QUALITY.items() if key in quality]

@@ -11,6 +11,7 @@ from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.hf.roles import model_roles
 from hfquant.nn.packed_module import FloatWeight, PackedModule, packed_bytes
+from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.select import group_keep_reason, has_quantizable_weight, tied_groups
 from hfquant.numerics.affine import scale_from_bits
 
@@ -156,6 +157,23 @@ def get_quantization_info(model: nn.Module) -> QuantizationInfo:
         quantized=tuple(_quantized(model)),
         kept=tuple(_kept(model, quantizer)),
     )
+
+
+def activation_shares(model: nn.Module) -> dict[str, float]:
+    """Share of the weights of linear layers and experts, without output heads, by what their activations are.
+
+    In a dense model that is the share of multiply-adds: each weight takes one for a token.
+    """
+    heads, counts = model_roles(model).heads, dict.fromkeys(("static", "dynamic", "weight_only", "float"), 0)
+    for name, module in model.named_modules():
+        if name in heads:
+            continue
+        if isinstance(module, PackedModule) and not isinstance(module, QuantEmbedding):
+            counts[module.scheme.quantization_type] += sum(w.numel for w in module.float_weights.values())
+        elif isinstance(module, nn.Linear) and not isinstance(module, PackedModule):
+            counts["float"] += module.weight.numel()
+    total = sum(counts.values())
+    return {kind: count / total for kind, count in counts.items()} if total else {}
 
 
 def _bitsandbytes_info(model: nn.Module) -> QuantizationInfo:

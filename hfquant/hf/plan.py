@@ -1,8 +1,9 @@
 """``plan_quantization``: what quantizing a model will take and give, before any work."""
 
 import copy
-import resource
+import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from hfquant.formats.headers import DTYPE_BYTES, read_header
+from hfquant.hf.allocation import allocated_units, fixed_bytes, float_weights
 from hfquant.hf.calibration import CALIBRATION_LENGTH, CALIBRATION_SAMPLES, calibration_options
 from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.quantizer import HfQuantQuantizer
+from hfquant.nn.select import Selection
 from hfquant.ptq.plan import Effort, Plan, make_plan
 from hfquant.ptq.quantize_matrix import CALIBRATED
 
@@ -54,10 +57,25 @@ def plan_quantization(
         iterations=calibration_options(config, progress=False).iterations,
         element_size=element_size,
         flops=_measured_flops(),
-        process_bytes=_process_bytes(),
+        process_bytes=peak_process_bytes(),
+        allocated=_allocated_bytes(floats, quantizer.selection, config),
     )
     text: Any = floats.config.get_text_config() if isinstance(floats, PreTrainedModel) else None
     return make_plan(floats, quantizer.selection, effort, getattr(text, "hidden_size", 0) or 0)
+
+
+def _allocated_bytes(model: nn.Module, selection: Selection, config: HfQuantConfig) -> dict[str, int]:
+    """Bytes of each layer whose bits will be chosen, at the average that the budget leaves; nothing if it says none."""
+    budget = config.budget()
+    if budget is None or budget.error is not None:
+        return {}
+    names = [name for unit in allocated_units(model, selection, config) for name in unit]
+    weights = {name: sum(weight.numel for _, weight in float_weights(model, name)) for name in names}
+    bits = budget.bits
+    if bits is None:
+        assert budget.size is not None
+        bits = 8 * (budget.size - fixed_bytes(model, selection, names)) / sum(weights.values())
+    return {name: int(count * bits / 8) for name, count in weights.items()}
 
 
 def _on_meta(name: str) -> PreTrainedModel:
@@ -89,5 +107,16 @@ def _measured_flops() -> float:
     return PROBE_RUNS * 2 * PROBE_SIZE**3 / max(1e-9, time.perf_counter() - started)
 
 
-def _process_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_process_bytes() -> int:
+    """The most memory this process had so far; 0 where the system does not say (Windows)."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage starts with the peak of the process that forked this one
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM"):
+                return 1024 * int(line.split()[1])
+    try:
+        resource: Any = import_module("resource")
+    except ImportError:
+        return 0
+    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -97,6 +97,8 @@ def prepare_model_qat(
     """
     fields = {} if config is None else {k: v for k, v in vars(config).items() if k not in ("quant_method", "requested")}
     config = HfQuantConfig(**copy.deepcopy(fields) | overrides)
+    if config.budget() is not None:
+        raise ConfigError("target_bits, target_size and target_error are for quantize_model_ptq; give overrides here")
     adapter = _adapter(variant, adapter_rank, adapter_alpha)
     _check_unprepared(model)
     quantizer = HfQuantQuantizer(config, pre_quantized=False)

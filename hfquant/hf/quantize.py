@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import _assign_is_quantized
 
 from hfquant.errors import CalibrationError, ConfigError
+from hfquant.hf.allocation import allocate_bits_
 from hfquant.hf.bitsandbytes import (
     BACKEND,
     dequantize_bitsandbytes_,
@@ -23,9 +24,10 @@ from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.hf.roles import tie_companions
 from hfquant.nn.select import Selection
 from hfquant.nn.swap import packed_modules, restore_modules_
-from hfquant.ptq.calibrated import Store, calibrate_
+from hfquant.ptq.calibrated import calibrate_
 from hfquant.ptq.quantize import quantize_modules_
 from hfquant.ptq.quantize_matrix import CALIBRATED
+from hfquant.ptq.store import Store
 
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,9 +53,10 @@ def quantize_model_ptq(
     Args:
         model: Float model (float32, bfloat16 or float16), a ``PreTrainedModel`` or any ``nn.Module``.
         config: What to do; ``None`` starts from the defaults.
-        calibration_data: For ``algorithm="gptq"`` and ``"signround"`` and for ``quantization_type="static"``: a text
-            file, texts, lists of token ids, a ``datasets.Dataset`` with ``text`` or ``input_ids``, or batches that the
-            model is called with (a DataLoader, mappings of its arguments, tuples, or tensors).
+        calibration_data: For ``algorithm="gptq"``, ``"signround"`` and ``"awq"``, for ``quantization_type="static"``,
+            and for ``target_bits`` to see what errors cost the output: a text file, texts, lists of token ids, a
+            ``datasets.Dataset`` with ``text`` or ``input_ids``, or batches that the model is called with (a DataLoader,
+            mappings of its arguments, tuples, or tensors).
         tokenizer: For texts; ``None`` takes the one beside the model.
         resume: Keeps finished blocks of a calibrated run (``formats/resume.py``); the command line makes one.
         progress: Show progress bars.
@@ -63,7 +66,8 @@ def quantize_model_ptq(
         ``model``.
 
     Raises:
-        ConfigError: If a field is wrong, does not fit the model, or the model is quantized already.
+        ConfigError: If a field is wrong, does not fit the model, the model is quantized already, or no choice of bits
+            keeps to ``target_bits``, ``target_size`` or ``target_error``.
         CalibrationError: If calibration data is missing, empty or does not reach every static layer.
         SchemeError: If a weight holds NaN or infinity.
     """
@@ -77,26 +81,45 @@ def quantize_model_ptq(
         return model
     quantizer = HfQuantQuantizer(config, pre_quantized=False)
     quantizer.select(model)
-    selection = quantizer.selection
+    training = model.training
+    _quantize_(model, quantizer, calibration_data, tokenizer, resume, progress=progress)
+    config.quantization_mode = None  # whatever the config was made for before
+    config.freeze({name: str(scheme) for name, scheme in quantizer.selection.schemes.items()}, version("hfquant"))
+    quantizer.pre_quantized = True
+    _attach(model, quantizer, quantizer.selection)
+    model.train(training)
+    return model
+
+
+def _quantize_(
+    model: nn.Module,
+    quantizer: HfQuantQuantizer,
+    calibration_data: Any,
+    tokenizer: Any,
+    resume: Store | None,
+    *,
+    progress: bool,
+) -> None:
+    """Choose bits if there is a budget, then quantize what is selected, with data where that is needed."""
+    config, selection = quantizer.quantization_config, quantizer.selection
     if config.algorithm is None and calibration_data is not None:
         config.algorithm = "gptq"
     static = any(scheme.quantization_type == "static" for scheme in selection.schemes.values())
     needed = static or config.resolved_algorithm in CALIBRATED
-    _check_calibration_data(calibration_data, needed=needed, config=config)
-    training = model.training
-    if needed:
+    budget, data = config.budget(), None
+    _check_calibration_data(calibration_data, needed=needed, used=budget is not None, config=config)
+    if calibration_data is not None and (needed or budget is not None):
         data = read_calibration_data(model, calibration_data, config, tokenizer)
+        config.calibration = data.record()
+    if budget is not None:
+        batches = None if data is None else data.batches
+        config.allocation = allocate_bits_(model, selection, config, budget, batches, resume=resume, progress=progress)
+    if needed and data is not None:
         options = calibration_options(config, progress=progress)
         quantizer.results = calibrate_(model, selection, data.batches, options, resume)
-        config.calibration = data.record()
-    else:
-        quantize_modules_(model, selection, algorithm=config.resolved_algorithm, progress=progress)
-    config.quantization_mode = None  # whatever the config was made for before
-    config.freeze({name: str(scheme) for name, scheme in selection.schemes.items()}, version("hfquant"))
-    quantizer.pre_quantized = True
-    _attach(model, quantizer, selection)
-    model.train(training)
-    return model
+        return
+    algorithm = config.resolved_algorithm
+    quantize_modules_(model, selection, algorithm=algorithm, store=resume, progress=progress)
 
 
 def _check_is_float(model: nn.Module) -> None:
@@ -115,14 +138,14 @@ def _check_is_float(model: nn.Module) -> None:
     model.hf_quantizer.remove_quantization_config(model)
 
 
-def _check_calibration_data(data: Any, *, needed: bool, config: HfQuantConfig) -> None:
+def _check_calibration_data(data: Any, *, needed: bool, config: HfQuantConfig, used: bool = False) -> None:
     settings = config.resolve()
     if needed and data is None:
         what = f"algorithm={config.algorithm!r}" if config.algorithm in CALIBRATED else "quantization_type='static'"
         raise CalibrationError(
             f"{what} needs calibration_data: texts, token ids or batches that the model is called with"
         )
-    if not needed and data is not None:
+    if not needed and not used and data is not None:
         warnings.warn(
             f"calibration_data is not used: quantization_type={settings.quantization_type!r} with algorithm="
             f"{config.resolved_algorithm!r} needs none",

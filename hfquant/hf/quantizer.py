@@ -24,11 +24,9 @@ from hfquant.nn.packed_module import PackedModule, companion_name
 from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.select import ASKED, Selection, has_expert_weights, select_modules, unmatched_patterns
 from hfquant.nn.swap import packed_modules, restore_modules_, swap_modules_
-from hfquant.numerics.packing import PackedWeight
 from hfquant.ptq.layer_result import LayerResult
 from hfquant.ptq.quantize_matrix import CALIBRATED
-from hfquant.ptq.quantize_weight import QuantizedWeight, quantize_weight
-from hfquant.schemes import WeightScheme
+from hfquant.ptq.store import quantize_and_keep
 
 
 logger = logging.get_logger(__name__)
@@ -140,6 +138,11 @@ class HfQuantQuantizer(HfQuantizer):
                 f"algorithm={self.quantization_config.algorithm!r} needs calibration data, which from_pretrained "
                 "cannot take; load the float model and call quantize_model_ptq(model, ..., calibration_data=...)"
             )
+        if self.quantization_config.budget() is not None:
+            raise ConfigError(
+                "target_bits, target_size and target_error compare all layers, and from_pretrained quantizes weight by "
+                "weight; load the float model and call quantize_model_ptq(model, ...)"
+            )
         for name, scheme in self.selection.schemes.items():
             if scheme.quantization_type == "static":
                 raise ConfigError(
@@ -166,7 +169,9 @@ class HfQuantQuantizer(HfQuantizer):
         assert isinstance(module, PackedModule)
         self.filled.add(module_name)
         try:
-            result = self._quantize(module.float_weights[key].to_rows(tensor), module.scheme.weight, name)
+            rows, config = module.float_weights[key].to_rows(tensor), self.quantization_config
+            algorithm, store = config.resolved_algorithm, config.resume
+            result = quantize_and_keep(rows, module.scheme.weight, algorithm=algorithm, name=name, store=store)
         except HfQuantError as error:
             # Raised here it would end as a RuntimeError without its message; it is raised after loading instead.
             self.error = self.error or error
@@ -175,22 +180,6 @@ class HfQuantQuantizer(HfQuantizer):
         named = zip(("", "scale", "zero_point"), result.packed, strict=True)
         prefix = f"{module_name}." if module_name else ""
         return {prefix + (companion_name(key, s) if s else key): t for s, t in named if t is not None}
-
-    def _quantize(self, rows: Tensor, scheme: WeightScheme, name: str) -> QuantizedWeight:
-        """The packed weight, from an interrupted run if that had it already."""
-        store, found = self.quantization_config.resume, None
-        if store is not None:
-            found = store.load(name)
-        if found is not None:
-            tensors, record = found
-            packed = PackedWeight(tensors["codes"], tensors["scale"], tensors.get("zero_point"))
-            return QuantizedWeight(packed, record["sqnr_db"])
-        result = quantize_weight(rows, scheme, algorithm=self.quantization_config.resolved_algorithm, name=name)
-        if store is not None:
-            names = ("codes", "scale", "zero_point")
-            tensors = {n: t for n, t in zip(names, result.packed, strict=True) if t is not None}
-            store.save(name, tensors, {"sqnr_db": result.sqnr_db})
-        return result
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.error is not None:

@@ -6,7 +6,7 @@ between two blocks are kept, never the activations of more than one block.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.select import Selection, packed_class
 from hfquant.numerics.affine import scale_to_bits
 from hfquant.numerics.observers import choose_input_scale
+from hfquant.ptq.awq import equalize_
 from hfquant.ptq.blocks import Call, find_stacks, is_chain, quiet_model, record_calls
 from hfquant.ptq.calibrate import run_batch
 from hfquant.ptq.layer_result import LayerResult, layer_result, settle_scheme, stacked
@@ -27,6 +28,7 @@ from hfquant.ptq.quantize_weight import check_finite
 from hfquant.ptq.signround import Task, learn_rounding
 from hfquant.ptq.smoothquant import find_folds, smooth_
 from hfquant.ptq.statistics import Collector, InputStatistics, WeightKey
+from hfquant.ptq.store import Store
 from hfquant.schemes import LayerScheme
 
 
@@ -49,16 +51,6 @@ class CalibrationOptions:
     smoothquant: bool = True
     seed: int = 0
     progress: bool = True
-
-
-class Store(Protocol):
-    """Keeps finished blocks, so that an interrupted run can go on."""
-
-    def load(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What was saved as ``part``, if it was."""
-
-    def save(self, part: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Keep ``part``."""
 
 
 def calibrate_(
@@ -121,7 +113,8 @@ class Calibration:
         inside = {name for stack in stacks for name in rest if _is_in(name, stack)}
         heads = {name for name in rest if name not in inside and _is_plain_int8(selection.schemes[name])}
         data_free, rest = data_free | heads, [name for name in rest if name not in heads]
-        quantize_modules_(model, _part(selection, data_free), algorithm=self._data_free_algorithm(), progress=False)
+        algorithm = self._data_free_algorithm()
+        quantize_modules_(model, _part(selection, data_free), algorithm=algorithm, store=self.store, progress=False)
         total = sum(len(stack) for stack in stacks)
         with tqdm(total=total, desc="Quantizing", unit="block", disable=not self.options.progress) as bar:
             for stack in stacks:
@@ -183,11 +176,7 @@ class Calibration:
             target.swap_(module, self.selection.schemes[layer])
             assert isinstance(module, PackedModule)
             module.sqnr_db = record["sqnr_db"][layer]
-        for key, tensor in tensors.items():
-            owner, _, parameter = key.rpartition(".")
-            module, old = block.get_submodule(owner), block.get_submodule(owner)._parameters[parameter]
-            assert old is not None
-            module._parameters[parameter] = nn.Parameter(tensor.to(old.device), requires_grad=old.requires_grad)
+        _set_parameters_(block, tensors)
         self.results += [LayerResult(**result) for result in record["results"]]
         return True
 
@@ -201,7 +190,7 @@ class Calibration:
             "sqnr_db": {layer: module.sqnr_db for layer, module in modules.items()},
             "results": [asdict(result) for result in results],
         }
-        self.store.save(name, dict(block.named_parameters()), record)
+        _set_parameters_(block, self.store.save(name, dict(block.named_parameters()), record))
 
     def _quantize_rest_(self, layers: list[str]) -> None:
         """Layers outside of all stacks, on one pass of the whole model."""
@@ -242,13 +231,17 @@ class Calibration:
         modules: Mapping[str, nn.Module],
         found: Mapping[WeightKey, InputStatistics],
     ) -> None:
-        """Move outliers of INT8 activations into the weights of one block, where that is exact."""
+        """Move outliers of INT8 activations into the weights of one block, or equalise its weights, where exact."""
         linear = {n: m for n, m in modules.items() if WeightKey(n, "weight") in found}
-        schemes = self.selection.schemes
-        if block is None or not self.options.smoothquant or all(schemes[name].activation is None for name in linear):
+        schemes, options = self.selection.schemes, self.options
+        smooth = options.smoothquant and any(schemes[name].activation is not None for name in linear)
+        if block is None or not (smooth or options.algorithm == "awq"):
             return
         folds = find_folds(block, runs[0], linear)
-        self.alphas |= smooth_(folds, linear, schemes, found, self.options.observer)
+        if smooth:
+            self.alphas |= smooth_(folds, linear, schemes, found, options.observer)
+        if options.algorithm == "awq":
+            self.alphas |= equalize_(folds, linear, schemes, found)
 
     def _learn_rounding(
         self, modules: Mapping[str, nn.Module], results: dict[str, dict[str, list[MatrixResult]]], tasks: list[Task]
@@ -292,6 +285,8 @@ class Calibration:
         assert target is not None
         originals = {key: w.to_rows(module.get_parameter(key)) for key, w in target.weights_of(module).items()}
         scheme, note = settle_scheme(scheme, originals, results, found, name, self.options.observer)
+        if name in self.alphas:
+            note = "; ".join(filter(None, (f"inputs rescaled, alpha {self.alphas[name]:.1f}", note)))
         self.selection.schemes[name] = scheme
         target.swap_(module, scheme)
         assert isinstance(module, PackedModule)
@@ -317,6 +312,14 @@ class Calibration:
         absmax = torch.stack([s.absmax.amax() for s in seen]).amax()
         scale = choose_input_scale(torch.cat([s.sample for s in seen]), absmax, self.options.observer)
         return scale_to_bits(scale)
+
+
+def _set_parameters_(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        owner, _, parameter = key.rpartition(".")
+        module, old = block.get_submodule(owner), block.get_submodule(owner)._parameters[parameter]
+        assert old is not None
+        module._parameters[parameter] = nn.Parameter(tensor.to(old.device), requires_grad=old.requires_grad)
 
 
 def _runner(call: Call, block: nn.Module) -> Callable[[], Tensor]:

@@ -15,10 +15,10 @@ from hfquant.ptq.statistics import InputStatistics, WeightKey
 from hfquant.schemes import ActivationScheme, LayerScheme
 
 
-LOWEST_STATIC_DB = 10.0
-"""Static activations are kept where the output of the median token has at least this signal to noise ratio: noise a
-tenth of the signal's energy. Below it the layer takes dynamic ones, if those are better. A token with outliers must not
-hide what they cost the others, so it is the median and not the sum."""
+LOWEST_DB = 10.0
+"""INT8 activations are kept where the output of the median token has at least this signal to noise ratio: noise a tenth
+of the signal's energy. Below it a static layer takes dynamic ones, and where those do not reach it either, activations
+stay in 16 bit. A token with outliers must not hide what they cost the others, so it is the median and not the sum."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def settle_scheme(
     name: str,
     observer: str,
 ) -> tuple[LayerScheme, str]:
-    """``scheme``, or dynamic activations where static ones cost too much; and what to tell the reader.
+    """``scheme``, or a gentler one for activations where INT8 ones cost too much; and what to tell the reader.
 
     Args:
         scheme: What was asked for.
@@ -79,24 +79,31 @@ def settle_scheme(
         observer: What chooses static ranges.
     """
     statistics = found.get(WeightKey(name, "weight"))
-    activation = scheme.activation
-    if activation is None or activation.dynamic or statistics is None or not statistics.sample.shape[0]:
+    if scheme.activation is None or statistics is None or not statistics.sample.shape[0]:
         return scheme, ""
     dynamic = replace(scheme, activation=ActivationScheme(dynamic=True))
+    tried = [scheme, *([] if scheme.activation.dynamic else [dynamic]), replace(scheme, activation=None)]
     (result,) = results["weight"]
     weight, rounded = originals["weight"].float(), result.grid.nearest(result.weight)
     x = statistics.sample
-    wanted = x @ weight.t()
-    signal = wanted.square().sum(-1)
-    ratios = []
-    for candidate in (scheme, dynamic):
+    wanted, ratios = x @ weight.t(), []
+    for candidate in tried:
         coarse = round_activations(x, candidate, statistics.absmax.amax(), observer)
-        noise = (coarse @ rounded.t() - wanted).square().sum(-1)
-        ratios.append(float(10 * torch.log10(signal / noise.clamp_min(1e-30)).nanmedian()))
-    if ratios[0] >= LOWEST_STATIC_DB or ratios[1] <= ratios[0]:
+        ratios.append(_median_decibels(wanted, coarse @ rounded.t()))
+        if ratios[-1] >= LOWEST_DB:
+            break
+    chosen = max(range(len(ratios)), key=lambda index: (min(ratios[index], LOWEST_DB), -index))
+    if chosen == 0:
         return scheme, ""
-    given = f"static activations gave {ratios[0]:.1f} dB, below {LOWEST_STATIC_DB:g}"
-    return dynamic, f"{given}; dynamic give {ratios[1]:.1f}"
+    given = ", ".join(f"{tried[i].quantization_type} {ratios[i]:.1f} dB" for i in range(chosen))
+    kept = f"{tried[chosen].quantization_type} gives {ratios[chosen]:.1f}"
+    return tried[chosen], f"activations: {given}, below {LOWEST_DB:g}; {kept}"
+
+
+def _median_decibels(wanted: Tensor, got: Tensor) -> float:
+    """Signal to noise of the median row of ``wanted [S, N]``."""
+    signal, noise = wanted.square().sum(-1), (got - wanted).square().sum(-1)
+    return float(10 * torch.log10(signal / noise.clamp_min(1e-30)).nanmedian())
 
 
 def stacked(parts: list[PackedWeight], *, is_matrix: bool) -> PackedWeight:

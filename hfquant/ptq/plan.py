@@ -9,13 +9,18 @@ from torch import nn
 from hfquant.nn.packed_module import packed_bytes
 from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.select import Selection, packed_class
+from hfquant.ptq.allocate import PROBED_WEIGHTS
 from hfquant.ptq.blocks import find_stacks
+from hfquant.ptq.sensitivity import SAMPLES
 
 
 SEARCH_WEIGHT_RATE = 2.0e7
 """Weights a second of the data-free search, in units of ``probe_rate``'s reference machine of 100 GFLOP/s."""
 
 REFERENCE_FLOPS = 1.0e11
+
+WEIGHED_OPTIONS = 4
+"""Schemes that are compared for each layer when bits are chosen."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ class Effort:
         element_size: Bytes of a float weight in memory.
         flops: Measured floating point operations a second.
         process_bytes: Memory of the process before the model is loaded.
+        allocated: Layer -> bytes that a budget leaves it on average, for layers whose bits will be chosen.
     """
 
     algorithm: str
@@ -110,6 +116,7 @@ class Effort:
     element_size: int
     flops: float
     process_bytes: int
+    allocated: Mapping[str, int] = field(default_factory=dict)
 
 
 def make_plan(model: nn.Module, selection: Selection, effort: Effort, hidden_size: int) -> Plan:
@@ -121,7 +128,7 @@ def make_plan(model: nn.Module, selection: Selection, effort: Effort, hidden_siz
         effort: What the estimate needs to know of the run.
         hidden_size: Values of a hidden state.
     """
-    layers = tuple(_planned(name, model, selection) for name in selection.schemes)
+    layers = tuple(_planned(name, model, selection, effort.allocated) for name in selection.schemes)
     parameters = {id(p): p.numel() for p in model.parameters()}
     quantized = sum(layer.weights for layer in layers)
     kept_bytes = effort.element_size * (sum(parameters.values()) - quantized)
@@ -141,12 +148,14 @@ def make_plan(model: nn.Module, selection: Selection, effort: Effort, hidden_siz
     )
 
 
-def _planned(name: str, model: nn.Module, selection: Selection) -> PlannedLayer:
+def _planned(name: str, model: nn.Module, selection: Selection, allocated: Mapping[str, int]) -> PlannedLayer:
     module, scheme = model.get_submodule(name), selection.schemes[name]
     target = packed_class(module)
     assert target is not None
     weights = {} if name in selection.ties else target.weights_of(module)
     count = sum(weight.numel for weight in weights.values())
+    if name in allocated:
+        return PlannedLayer(name, "4 or 8 bits, to be chosen", count, allocated[name])
     return PlannedLayer(name, str(scheme), count, sum(packed_bytes(weight, scheme) for weight in weights.values()))
 
 
@@ -177,14 +186,20 @@ def _seconds(model: nn.Module, selection: Selection, layers: tuple[PlannedLayer,
     tables = {n for n in selection.schemes if packed_class(model.get_submodule(n)) is QuantEmbedding}
     weights = sum(layer.weights for layer in layers if layer.name not in tables)
     search = weights / SEARCH_WEIGHT_RATE * REFERENCE_FLOPS / effort.flops
+    choosing = 0.0
+    if effort.allocated:
+        share = min(1.0, len(effort.allocated) * PROBED_WEIGHTS / max(1, weights))
+        choosing = share * search * WEIGHED_OPTIONS
+        if effort.calibrated:
+            choosing += 1.5 * 6 * weights * SAMPLES * effort.batch_tokens / 4 / effort.flops
     if not effort.calibrated:
-        return search
+        return search + choosing
     passes = 4 if effort.algorithm == "signround" else 2
     moments = sum(2 * effort.tokens * _inputs(model, n) ** 2 for n in selection.schemes if n not in tables) / 2
     work = 2.0 * weights * effort.tokens * passes + moments
     if effort.algorithm == "signround":
         work += 6.0 * weights * effort.batch_tokens * effort.iterations
-    return 1.5 * work / effort.flops + 4 * search
+    return 1.5 * work / effort.flops + 4 * search + choosing
 
 
 def _inputs(model: nn.Module, name: str) -> int:

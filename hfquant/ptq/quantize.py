@@ -5,10 +5,12 @@ from tqdm.auto import tqdm
 
 from hfquant.nn.select import Selection, packed_class
 from hfquant.nn.swap import swap_modules_
-from hfquant.ptq.quantize_weight import quantize_weight
+from hfquant.ptq.store import Store, quantize_and_keep
 
 
-def quantize_modules_(model: nn.Module, selection: Selection, *, algorithm: str, progress: bool = True) -> None:
+def quantize_modules_(
+    model: nn.Module, selection: Selection, *, algorithm: str, store: Store | None = None, progress: bool = True
+) -> None:
     """Quantize the selected modules of ``model`` in place, one weight at a time.
 
     Nothing is changed when a weight turns out to be unusable: all errors come before the first swap of that module.
@@ -17,6 +19,7 @@ def quantize_modules_(model: nn.Module, selection: Selection, *, algorithm: str,
         model: Float model in memory.
         selection: What to quantize, and how.
         algorithm: What chooses the scales.
+        store: Keeps finished weights, and has those of an interrupted run.
         progress: Show a progress bar.
 
     Raises:
@@ -27,12 +30,10 @@ def quantize_modules_(model: nn.Module, selection: Selection, *, algorithm: str,
         module = model.get_submodule(name)
         target = packed_class(module)
         assert target is not None
-        results = {
-            key: quantize_weight(
-                weight.to_rows(module.get_parameter(key)), scheme.weight, algorithm=algorithm, name=f"{name}.{key}"
-            )
-            for key, weight in target.weights_of(module).items()
-        }
+        results = {}
+        for key, weight in target.weights_of(module).items():
+            rows, full_name = weight.to_rows(module.get_parameter(key)), f"{name}.{key}"
+            results[key] = quantize_and_keep(rows, scheme.weight, algorithm=algorithm, name=full_name, store=store)
         target.swap_(module, scheme)
         packed = model.get_submodule(name)
         assert isinstance(packed, target)

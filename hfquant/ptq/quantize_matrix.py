@@ -14,7 +14,7 @@ from hfquant.ptq.weighted_search import choose_weighted
 from hfquant.schemes import WeightScheme
 
 
-CALIBRATED = ("gptq", "signround")
+CALIBRATED = ("gptq", "signround", "awq")
 """Algorithms that look at the inputs of a layer."""
 
 FEWEST_ROWS = 4
@@ -72,6 +72,8 @@ def quantize_matrix(
     importance = (statistics.hessian if statistics.rows else statistics.held_out).diagonal()
     grid = _grid(rows, scheme, "weighted", importance)
     losses = {"weighted": layer_loss(grid.nearest(rows) - rows, statistics.judging())}
+    if algorithm == "awq":
+        return MatrixResult(grid, rows, "weighted", losses)
     if statistics.rows * FEWEST_ROWS < rows.shape[1]:
         note = f"only {statistics.rows} rows of calibration data reached it"
         return MatrixResult(grid, rows, "weighted", losses, note)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hfquant.nn.select import packed_class
 from hfquant.numerics.affine import choose_row_scale, choose_row_scale_and_zero_point, fake_quantize, split_groups
 from hfquant.numerics.observers import choose_input_scale
+from hfquant.ptq.quantize_weight import ScaleChooser
 from hfquant.ptq.rtn import choose_rtn
 from hfquant.ptq.statistics import InputStatistics, WeightKey
 from hfquant.schemes import LayerScheme
@@ -145,13 +146,13 @@ def smooth_(
         quantized = [name for name in fold.consumers if schemes[name].activation is not None]
         if statistics is None or len(quantized) != len(fold.consumers) or not statistics.sample.shape[0]:
             continue
-        weights = [_rows(layers[name]).float() for name in fold.consumers]
+        weights = [rows_of(layers[name]).float() for name in fold.consumers]
         scheme = schemes[fold.consumers[0]]
         largest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
-        best, best_error, best_alpha = None, _error(statistics, weights, scheme, observer, None), 0.0
+        best, best_error, best_alpha = None, output_error(statistics, weights, scheme, observer, None), 0.0
         for alpha in ALPHAS:
             factors = smoothing(statistics.absmax, largest, alpha)
-            error = _error(statistics, weights, scheme, observer, factors)
+            error = output_error(statistics, weights, scheme, observer, factors)
             if error < best_error:
                 best, best_error, best_alpha = factors, error, alpha
         if best is not None:
@@ -168,15 +169,31 @@ def smoothing(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
     return torch.where((inputs == 0) | (weights == 0), torch.ones_like(factors), factors.clamp(1e-3, 1e3))
 
 
-def _rows(module: nn.Module) -> Tensor:
+def rows_of(module: nn.Module) -> Tensor:
+    """The weight ``[N, K]`` of a float linear layer."""
     target = packed_class(module)
     assert target is not None
     return target.weights_of(module)["weight"].to_rows(module.get_parameter("weight")).detach()
 
 
-def _error(
-    statistics: InputStatistics, weights: Sequence[Tensor], scheme: LayerScheme, observer: str, factors: Tensor | None
+def output_error(
+    statistics: InputStatistics,
+    weights: Sequence[Tensor],
+    scheme: LayerScheme,
+    observer: str,
+    factors: Tensor | None,
+    choose: ScaleChooser = choose_rtn,
 ) -> float:
+    """Squared error of the outputs of layers that read one tensor, after they are quantized.
+
+    Args:
+        statistics: Of their inputs.
+        weights: Of the layers, each ``[N, K]``, float32.
+        scheme: Of the layers.
+        observer: What chooses static ranges.
+        factors: Inputs are divided and weights multiplied by them ``[K]`` before; ``None`` stands for ones.
+        choose: What chooses the scales of weights.
+    """
     step = -(-statistics.sample.shape[0] // PROBE_ROWS)
     x = statistics.sample[::step]
     scaled = x if factors is None else x / factors
@@ -186,7 +203,7 @@ def _error(
     for weight in weights:
         w = weight if factors is None else weight * factors
         groups = split_groups(w, scheme.weight.group_size)
-        scale, zero = choose_rtn(groups, scheme.weight)
+        scale, zero = choose(groups, scheme.weight)
         shift = None if zero is None else zero.unsqueeze(-1)
         rounded = fake_quantize(groups, scale.unsqueeze(-1), shift, bits=scheme.weight.bits)
         total += float((x @ weight.t() - coarse @ rounded.view_as(w).t()).square().sum(dtype=torch.float64))

@@ -9,13 +9,13 @@ import yaml
 from transformers import TrainingArguments
 
 from hfquant.errors import ConfigError
-from hfquant.hf.config import USER_FIELDS, HfQuantConfig, check_choice, nearest
+from hfquant.hf.config import TARGETS, USER_FIELDS, HfQuantConfig, check_choice, nearest
 
 
 MODES = ("ptq", "qat")
 VARIANTS = ("full", "lora")
-OF_THE_RUN = ("dequantize", "seed")
-"""Fields of ``HfQuantConfig`` that are no part of the scheme: training neither loads nor draws with them."""
+OF_THE_RUN = ("dequantize", "seed", *TARGETS)
+"""Fields of ``HfQuantConfig`` that are no part of the scheme: training neither loads, nor draws, nor chooses bits."""
 
 
 def _scheme_fields() -> list[tuple[str, Any, Any]]:

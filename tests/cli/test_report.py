@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+from hfquant.hf.hub import model_card
+
 
 Run = Callable[..., Result]
 RunJson = Callable[..., Any]
@@ -48,6 +50,34 @@ def test_the_page_is_whole_and_self_contained(calibrated: Path, tmp_path: Path, 
     for part in ("Error by layer", "Bits by layer", "How far each prediction moved", "down_proj", "<svg"):
         assert part in text
     assert "mean KL" in run("report", calibrated, "--markdown").stdout
+
+
+def test_the_model_card_shows_the_report(calibrated: Path) -> None:
+    text = model_card(calibrated, repo_id="tester/q").text
+    assert "## How it was quantized" in text
+    assert re.search(r"^\| perplexity \| [\d.]+ → [\d.]+ \([+-][\d.]+ %\) \|$", text, flags=re.MULTILINE)
+    assert re.search(r"^\| calibrated on \| \d+ tokens, sha256 [0-9a-f]{16}… \|$", text, flags=re.MULTILINE)
+
+
+def test_bits_by_budget_and_static_shares_are_reported(
+    float_model: Path, text_file: Path, tmp_path: Path, run_json: RunJson, run: Run
+) -> None:
+    words = ("--target-bits", 4.6, "--calibration", text_file, "--calibration-batches", 4, "--algorithm", "search")
+    run_json("quantize", float_model, "-o", tmp_path / "budget", *words)
+    report = run_json("report", tmp_path / "budget")
+    assert report["allocation"]["kind"] == "kl"
+    assert 4.2 < report["allocation"]["bits"] <= 4.6
+    assert report["activations"]["weight_only"] == 1
+    assert "bits by budget" in run("report", tmp_path / "budget").stdout
+    assert len({layer["bits_per_weight"] for layer in report["layers"]}) > 1
+    size = run_json("plan", float_model, "--target-bits", 4.6)["bits_per_weight"]
+    assert 4.6 < size < 8  # with the tables in 8 bits
+    words = ("--bits", 8, "--type", "static", "--calibration", text_file, "--calibration-batches", 4)
+    run_json("quantize", float_model, "-o", tmp_path / "static", *words)
+    shares = run_json("report", tmp_path / "static")["activations"]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["static"] > 0.5
+    assert "% static" in run("report", tmp_path / "static").stdout
 
 
 def test_names_are_escaped(calibrated: Path, tmp_path: Path, run: Run) -> None:

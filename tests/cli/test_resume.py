@@ -28,11 +28,11 @@ def killed_after(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a run die once so many parts are finished."""
     save, done = ResumeFolder.save, []
 
-    def dying(self: ResumeFolder, *arguments: Any) -> None:
+    def dying(self: ResumeFolder, *arguments: Any) -> Any:
         if len(done) == parts:
             raise KilledError
-        save(self, *arguments)
         done.append(1)
+        return save(self, *arguments)
 
     monkeypatch.setattr(ResumeFolder, "save", dying)
 

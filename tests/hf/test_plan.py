@@ -61,3 +61,14 @@ def test_a_bfloat16_file_is_planned_in_bfloat16(tmp_path: Path) -> None:
     plan = plan_quantization(str(tmp_path), config)
     AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config).save_pretrained(tmp_path / "out")
     assert plan.bytes_after == stored_bytes(tmp_path / "out")
+
+
+def test_a_budget_is_planned_at_its_average() -> None:
+    model = build("llama")
+    plan = plan_quantization(model, HfQuantConfig(target_bits=5.5, embedding_bits=16))
+    assert plan.bits_per_weight == pytest.approx(5.5, rel=1e-3)
+    assert {layer.scheme for layer in plan.layers} == {"4 or 8 bits, to be chosen"}
+    by_size = plan_quantization(model, HfQuantConfig(target_size=70_000))
+    assert by_size.bytes_after == pytest.approx(70_000, rel=1e-3)
+    plain = plan_quantization(model, HfQuantConfig(quantization_bits=4, embedding_bits=16))
+    assert plan.seconds > plain.seconds

@@ -1,6 +1,7 @@
 """Calibrated quantization of whole models: every architecture, every kind of data, both algorithms."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -158,7 +159,22 @@ def test_a_layer_that_static_activations_cost_too_much_becomes_dynamic_and_says_
     model = quantize_model_ptq(Two(), quantization_type="static", calibration_data=[x] * 2, progress=False)
     assert str(model.first.scheme) == "int8-channel-dynamic"
     note = next(r.note for r in model.hf_quantizer.results if r.name == "first.weight")
-    assert "static activations gave" in note
+    assert re.search(r"activations: static -?\d+\.\d dB, below 10; dynamic gives \d+\.\d$", note)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_where_dynamic_activations_do_not_do_either_they_stay_in_float(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = Two(), torch.randn(4096, 8)
+    x[:, 2] = 4000  # in every token, so that no scale of a token is fine enough for the others
+    with torch.no_grad():
+        model.first.weight[:, 2] = 0
+    quantize_model_ptq(model, quantization_type=kind, algorithm="gptq", calibration_data=[x] * 2, progress=False)
+    assert str(model.first.scheme) == "int8-channel"
+    note = next(r.note for r in model.hf_quantizer.results if r.name == "first.weight")
+    assert "below 10; weight_only gives" in note
+    assert note.count(" dB") == (2 if kind == "static" else 1)
+    assert model.hf_quantizer.quantization_config.modules["first"] == "int8-channel"
 
 
 def test_a_static_layer_that_no_batch_reached_is_named() -> None:

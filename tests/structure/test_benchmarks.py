@@ -1,6 +1,7 @@
 """The benchmarks run, at smoke size."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,26 @@ def test_ptq_at_smoke_size(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     ptq = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ptq)
     rows = {row["method"]: row for row in ptq.main(["--smoke"])["rows"]}
-    assert set(rows) == {"rtn", "search", "gptq", "signround"}
+    assert set(rows) == {"rtn", "search", "awq", "gptq", "signround"}
     assert all(row["perplexity"] > 1 for row in rows.values())
     assert "| gptq |" in capsys.readouterr().out
+
+
+def test_allocation_at_smoke_size(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rows = load("allocate").main(["--smoke"])["language"]
+    assert all(4.3 < row["bits"] <= 4.5 for row in rows)
+    assert rows[0]["schemes"] == "14 x int4-g32"
+    assert len({row["schemes"] for row in rows}) > 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_at_smoke_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    (row,) = load("memory").main(["tiny"])["rows"]
+    assert row["finished"]
+    assert 0 < row["peak RssAnon GB"] < row["peak VmRSS GB"]
+    assert row["planned GB"] < row["GB"] < 1.2 * row["planned GB"] + 1e-4  # headers, beside what is planned
 
 
 def test_no_script_hides_a_package() -> None:
