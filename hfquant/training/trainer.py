@@ -77,7 +77,7 @@ class QuantTrainer(Trainer):
             )
         if self._teacher is not None:
             self._teacher = self._teacher.to(args.device).eval()
-        if args.qat_scale_learning_rate == 0:
+        if args.scale_learning_rate == 0:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad and not name.endswith(SCALE_SUFFIX))
         # First, so that what it adds to the logs is there for every other callback.
@@ -137,7 +137,7 @@ class QuantTrainer(Trainer):
         if scales and not given:
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in scales]
-            rate = self.args.qat_scale_learning_rate
+            rate = self.args.scale_learning_rate
             optimizer.add_param_group({"params": list(scales.values()), "lr": rate, "weight_decay": 0.0})
         return optimizer
 
