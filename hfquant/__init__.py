@@ -14,6 +14,7 @@ from hfquant.errors import (
 )
 from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.export import export_model
+from hfquant.hf.finetune import merge_adapters, prepare_model_for_finetuning
 from hfquant.hf.importing import import_model
 from hfquant.hf.info import QuantizationInfo, get_quantization_info
 from hfquant.hf.plain_module import load_quantized, save_quantized
@@ -46,7 +47,9 @@ __all__ = [
     "get_quantization_info",
     "import_model",
     "load_quantized",
+    "merge_adapters",
     "plan_quantization",
+    "prepare_model_for_finetuning",
     "prepare_model_qat",
     "quantize_model_ptq",
     "save_quantized",
