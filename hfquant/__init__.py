@@ -27,11 +27,13 @@ from hfquant.hf.verify import verify_checkpoint
 if _TYPE_CHECKING:
     from hfquant.training.callback import QatCallback
     from hfquant.training.config import TrainingConfig
+    from hfquant.training.finetune_callback import FinetuneCallback
     from hfquant.training.trainer import QuantTrainer
 
 __all__ = [
     "CalibrationError",
     "ConfigError",
+    "FinetuneCallback",
     "FormatError",
     "HfQuantConfig",
     "HfQuantError",
@@ -59,7 +61,12 @@ __all__ = [
 __version__ = _version("hfquant")
 
 # Transformers' Trainer takes over a second to import, and programs that only run models do not need it.
-_LAZY = {"QatCallback": "callback", "QuantTrainer": "trainer", "TrainingConfig": "config"}
+_LAZY = {
+    "FinetuneCallback": "finetune_callback",
+    "QatCallback": "callback",
+    "QuantTrainer": "trainer",
+    "TrainingConfig": "config",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""The adapter ``"grid"``: a low-rank change inside the rounding, so that codes and scales move and merging changes nothing.
+"""The adapter ``"grid"``: a low-rank change inside the rounding, codes and scales move, merging changes no code.
 
     weight = scale * (clamp(round(code + residual / 16 + alpha / rank * B @ A)) - zero_point)
 

@@ -70,7 +70,7 @@ def prepare_model_for_finetuning(
     """
     _check_arguments(adapter, rank, dropout, seed)
     if adapter == "side":
-        from hfquant.hf.peft import add_side_adapter
+        from hfquant.hf.peft import add_side_adapter  # type: ignore[import-not-found, unused-ignore]
 
         return add_side_adapter(model, rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules)
     quantizer = _quantizer(model, adapter)
@@ -115,7 +115,7 @@ def merge_adapters(model: Model) -> Any:
         SchemeError: If training diverged.
     """
     if hasattr(model, "merge_and_unload"):
-        return model.merge_and_unload()
+        return model.merge_and_unload()  # type: ignore[operator]
     state = finetune_state(model)
     if state is None:
         raise ConfigError("the model is not in fine-tuning: call prepare_model_for_finetuning first")
@@ -153,8 +153,8 @@ def _quantizer(model: nn.Module, adapter: str) -> HfQuantQuantizer:
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, HfQuantQuantizer) or next(packed_modules(model), None) is None:
         raise ConfigError(
-            "the model is not quantized by hfquant: load a quantized one, or call quantize_model_ptq(model, ...) first; "
-            "to train a float model for its grid use quantization_mode='qat'"
+            "the model is not quantized by hfquant: load a quantized one, or call quantize_model_ptq(model, ...) "
+            "first; to train a float model for its grid use quantization_mode='qat'"
         )
     if next(adapted_modules(model), None) is not None:
         raise ConfigError("the model is in fine-tuning already; call merge_adapters(model) before another start")
@@ -179,7 +179,9 @@ def _targets(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:
             what = f"matches {wrong}, an embedding or output head" if wrong else "matches no quantized layer"
             raise ConfigError(
                 f"target_modules: {pattern.text!r} {what}; give names, parts of names or globs of quantized linear "
-                f"layers, like {able[0]!r}" if able else f"target_modules: {pattern.text!r} {what}"
+                f"layers, like {able[0]!r}"
+                if able
+                else f"target_modules: {pattern.text!r} {what}"
             )
         chosen |= set(found)
     return [name for name in able if name in chosen]
@@ -188,7 +190,9 @@ def _targets(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:
 def _float_parameters(model: nn.Module, patterns: Sequence[str] | None) -> Iterator[str]:
     """Names of the float parameters of the modules that train whole."""
     automatic = patterns is None
-    wanted = [ModulePattern(head) for head in TASK_HEADS] if patterns is None else _patterns("modules_to_save", patterns)
+    wanted = (
+        [ModulePattern(head) for head in TASK_HEADS] if patterns is None else _patterns("modules_to_save", patterns)
+    )
     for pattern in wanted:
         modules = {name: module for name, module in model.named_modules() if pattern.matches(name)}
         packed = next((name for name, module in modules.items() if isinstance(module, PackedModule)), None)

@@ -9,8 +9,8 @@ training started from. Beside ``weight [..., N, W]`` stand
     weight_lora_B      [..., N, R]       float32
     input_log_scale    [1]               float32  u of the static activation scale, static schemes only
 
-The codes of the current state are ``clamp(round(code + residual / 16 + alpha / rank * B @ A))``. Every state is one of a
-packed model; ``packed`` gives it, and all that asks a packed module for its weight gets that.
+The codes of the current state are ``clamp(round(code + residual / 16 + alpha / rank * B @ A))``. Every state is one of
+a packed model; ``packed`` gives it, and all that asks a packed module for its weight gets that.
 """
 
 from collections.abc import Callable
@@ -76,7 +76,9 @@ class AdaptedModule(PackedModule):
 
     def _add(self, name: str, suffix: str, tensor: Tensor) -> None:
         wide = torch.promote_types(self.compute_dtype, torch.float32)
-        self._parameters[companion_name(name, suffix)] = nn.Parameter(tensor.to(self._stored(name, "scale").device, wide))
+        self._parameters[companion_name(name, suffix)] = nn.Parameter(
+            tensor.to(self._stored(name, "scale").device, wide)
+        )
 
     def _stored(self, name: str, suffix: str) -> Tensor:
         found = self.beside(name, suffix)
@@ -136,8 +138,8 @@ class AdaptedModule(PackedModule):
 
     @torch.no_grad()
     def merged(self) -> dict[str, Tensor]:
-        """The parameters of the packed module that it computes as, by name; those of the float module stay as they are."""
-        found = {}
+        """The parameters of the packed module that it computes as, by name; a bias stays what it is."""
+        found: dict[str, Tensor] = {}
         for name in self.float_weights:
             found |= dict(self.packed_parameters(name))
             scale, log_scale = self.beside(name, "input_scale"), self.beside(name, "input_log_scale")
@@ -177,7 +179,7 @@ class AdaptedModule(PackedModule):
         super()._apply(fn, recurse)
         rest = self._parameters
         self._parameters = dict(trained)
-        nn.Module._apply(self, keeping_precision(fn), recurse=False)  # type: ignore[no-untyped-call]
+        nn.Module._apply(self, keeping_precision(fn), recurse=False)
         found = rest | self._parameters
         self._parameters = {name: found[name] for name in parameters}
         return self

@@ -9,8 +9,8 @@ For a float parameter ``weight [..., N, K]`` a packed module has plain integer p
     weight_scale       [..., N, K // G]                    int16   bit patterns of bfloat16 scales
     weight_zero_point  [..., N, ceil(K // G * bits / 32)]  int32   packed zero points, asymmetric schemes only
     input_scale        [1]                                 int16   static activation scale, static schemes only
-    weight_residual    [..., N, ceil(K / 8)]               int32   what rounding took, in sixteenths of a step from -7 to
-                                                                   7, packed with 4 bits; residual schemes only
+    weight_residual    [..., N, ceil(K / 8)]               int32   what rounding took, in sixteenths of a step from -7
+                                                                   to 7, in 4 bits; residual schemes only
 
 Beside a parameter called ``gate_up_proj`` stand ``gate_up_proj_scale``, ``gate_up_proj_zero_point``,
 ``gate_up_proj_input_scale`` and ``gate_up_proj_residual``.
@@ -86,7 +86,10 @@ def packed_tensors(name: str, weight: FloatWeight, scheme: LayerScheme) -> dict[
     if scheme.activation is not None and not scheme.activation.dynamic:
         tensors[companion_name(name, "input_scale")] = (torch.int16, torch.Size((1,)))
     if scheme.residual:
-        tensors[companion_name(name, "residual")] = (torch.int32, torch.Size((*rows, packed_length(weight.in_features, 4))))
+        tensors[companion_name(name, "residual")] = (
+            torch.int32,
+            torch.Size((*rows, packed_length(weight.in_features, 4))),
+        )
     return tensors
 
 

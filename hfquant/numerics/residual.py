@@ -1,7 +1,7 @@
 """What rounding took from a weight, kept in four bits: where it really lies between two codes.
 
-With ``steps = w / s + zero`` and ``code`` the stored code, the residual is ``k = round(16 * (steps - code))``, from -7 to
-7: less than half a step, so that ``round(code + k / 16) == code`` always.
+With ``steps = w / s + zero`` and ``code`` the stored code, the residual is ``k = round(16 * (steps - code))``, from -7
+to 7: less than half a step, so that ``round(code + k / 16) == code`` always.
 """
 
 import torch
@@ -30,7 +30,10 @@ def rounding_residual(weight: Tensor, packed: PackedWeight, *, bits: int) -> Ten
         Packed with 4 bits ``[..., N, ceil(K / 8)]``, int32.
     """
     length, groups = weight.shape[-1], packed.weight_scale.shape[-1]
-    rows, (words, scales, zeros) = weight.detach().flatten(0, -2), (None if t is None else t.flatten(0, -2) for t in packed)
+    rows, (words, scales, zeros) = (
+        weight.detach().flatten(0, -2),
+        (None if t is None else t.flatten(0, -2) for t in packed),
+    )
     assert words is not None
     assert scales is not None
     out = words.new_empty(rows.shape[0], packed_length(length, 4))

@@ -18,8 +18,8 @@ from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.select import Selection, packed_class
 from hfquant.numerics.affine import scale_to_bits
 from hfquant.numerics.observers import choose_input_scale
-from hfquant.ptq.blocks import Call, find_stacks, is_chain, quiet_model, record_calls
 from hfquant.numerics.residual import rounding_residual
+from hfquant.ptq.blocks import Call, find_stacks, is_chain, quiet_model, record_calls
 from hfquant.ptq.calibrate import run_batch
 from hfquant.ptq.layer_result import LayerResult, layer_result, settle_scheme, stacked
 from hfquant.ptq.quantize import quantize_modules_

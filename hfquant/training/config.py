@@ -101,8 +101,8 @@ class TrainingConfig(TrainingArguments, SchemeFields):
         _check_number("distillation_weight", self.distillation_weight, float, 0, 1)
         if self.adapter_dropout and self.adapter != "side":
             raise ConfigError(
-                f"adapter_dropout={self.adapter_dropout} with adapter={self.adapter!r}: what is rounded cannot be dropped "
-                "at random, or the saved codes were never computed with; use adapter='side', or 0"
+                f"adapter_dropout={self.adapter_dropout} with adapter={self.adapter!r}: what is rounded cannot be "
+                "dropped at random, or the saved codes were never computed with; use adapter='side', or 0"
             )
         if not self.distillation_temperature > 0:
             raise ConfigError(f"distillation_temperature={self.distillation_temperature!r}: expected more than 0")

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 PUBLIC = [
     "CalibrationError",
     "ConfigError",
+    "FinetuneCallback",
     "FormatError",
     "HfQuantConfig",
     "HfQuantError",

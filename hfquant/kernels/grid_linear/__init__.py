@@ -1,6 +1,6 @@
 """The linear layer of quantized fine-tuning: computes on the codes it is deployed with, and has gradients.
 
-Its weight is packed all the time; the dense one exists while one layer is computed, forward and backward, and no longer.
+Its weight is packed all the time; a dense one exists while one layer is computed, forward and backward, and no longer.
 """
 
 from typing import Any, NamedTuple
@@ -111,8 +111,8 @@ def grid_linear(
 
     The codes are ``clamp(round(codes + residual / 16 + lora_factor * lora_b @ lora_a))``, the scales
     ``initial * exp(u)`` rounded to bfloat16. With the gradient ``G`` of the dense weight and ``m = 1`` where a code is
-    not clipped, the gradient of the product in the rounding is ``m * s * G``, straight through the rounding, and that of
-    ``u`` is exact: ``s * sum(G * (codes - zero_point))`` over the group.
+    not clipped, the gradient of the product in the rounding is ``m * s * G``, straight through the rounding, and that
+    of ``u`` is exact: ``s * sum(G * (codes - zero_point))`` over the group.
 
     Args:
         x: Activations ``[..., K]``.

@@ -83,11 +83,12 @@ def grid_weight(
         Bondarenko et al. 2024 (LR-QAT), eq. 5 to 7. https://arxiv.org/abs/2406.06385
     """
     n, k = delta.shape
-    fits = codes.shape == (n, packed_length(k, bits)) and (residual is None or residual.shape == (n, packed_length(k, 4)))
+    expected = [(n, packed_length(k, bits)), (n, packed_length(k, 4))]
+    fits = codes.shape == expected[0] and (residual is None or residual.shape == expected[1])
     if not fits or scale.shape[0] != n or k % scale.shape[1]:
         raise KernelError(
             f"grid_weight: codes {list(codes.shape)} and scales {list(scale.shape)} do not fit delta {[n, k]}; "
-            f"give packed codes {[n, packed_length(k, bits)]} and scales [{n}, K // G]"
+            f"give packed codes {list(expected[0])} and scales [{n}, K // G]"
         )
     out: Tensor = torch.ops.hfquant.grid_weight(codes, residual, delta, scale, zero_point, bits, dtype)
     return out
