@@ -118,11 +118,10 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.group_size, self.symmetric, self.embedding_bits = group_size, symmetric, embedding_bits
         self.algorithm, self.backend, self.iterations = algorithm, backend, iterations
         self.bnb_4bit_quant_type, self.bnb_4bit_use_double_quant = bnb_4bit_quant_type, bnb_4bit_use_double_quant
-        self.skip_modules, self.overrides, self.seed = skip_modules, overrides, seed
+        self.skip_modules, self.overrides, self.seed, self.keep_residual = skip_modules, overrides, seed, keep_residual
         self.strict, self.dequantize, self.requested = strict, dequantize, dict[str, Any]()
         self.activation_observer, self.smoothquant = activation_observer, smoothquant
         self.calibration_samples, self.calibration_length = calibration_samples, calibration_length
-        self.keep_residual = keep_residual
         self.finetuning: dict[str, Any] | None = record.pop("finetuning", None)
         self.calibration: dict[str, Any] | None = record.pop("calibration", None)
         self.modules: dict[str, str] | None = record.pop("modules", None)
