@@ -115,12 +115,11 @@ class HfQuantConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method, self.quantization_bits = QUANT_METHOD, quantization_bits
         self.quantization_type, self.group_size, self.symmetric = quantization_type, group_size, symmetric
-        self.embedding_bits = embedding_bits
+        self.embedding_bits, self.requested = embedding_bits, dict[str, Any]()
         self.algorithm, self.backend, self.iterations, self.dequantize = algorithm, backend, iterations, dequantize
         self.bnb_4bit_quant_type, self.bnb_4bit_use_double_quant = bnb_4bit_quant_type, bnb_4bit_use_double_quant
         self.skip_modules, self.overrides, self.seed, self.keep_residual = skip_modules, overrides, seed, keep_residual
         self.activation_observer, self.smoothquant, self.strict = activation_observer, smoothquant, strict
-        self.requested: dict[str, Any] = {}
         self.calibration_samples, self.calibration_length = calibration_samples, calibration_length
         self.calibration, self.finetuning = record.pop("calibration", None), record.pop("finetuning", None)
         self.modules: dict[str, str] | None = record.pop("modules", None)
