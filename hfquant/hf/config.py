@@ -31,6 +31,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "bnb_4bit_use_double_quant": (True, False),
     "strict": (True, False),
     "dequantize": (True, False),
+    "keep_residual": (True, False),
 }
 """Field -> the values it takes, beside ``None`` for "not set"."""
 
@@ -50,7 +51,7 @@ TARGETS = ("target_bits", "target_size", "target_error")
 USER_FIELDS = (*CHOICES, *INTEGERS, "group_size", "skip_modules", "overrides", *TARGETS)
 RECORD_FIELDS = (
     *("quant_method", "format_version", "hfquant_version", "modules", "save_id", "quantization_mode"),
-    *("calibration", "allocation"),
+    *("calibration", "allocation", "finetuning"),
 )
 LOAD_ONLY_FIELDS = ("dequantize", "strict")
 
@@ -97,6 +98,8 @@ class HfQuantConfig(QuantizationConfigMixin):
             noise to signal of their weights.
         strict: Raise if a linear layer would stay in float although nobody asked for it.
         dequantize: On loading a quantized checkpoint, return the float model of its values.
+        keep_residual: Keep four more bits of each linear weight, what rounding took from it: fine-tuning with
+            ``adapter="grid"`` starts better from them. Not needed to run the model.
         record: What a checkpoint adds (``modules``, ``save_id``, ``format_version``, ...); not for users.
 
     Raises:
@@ -128,16 +131,16 @@ class HfQuantConfig(QuantizationConfigMixin):
         target_size: int | str | None = None,
         target_error: float | None = None,
         activation_symmetric: bool | None = None,
+        keep_residual: bool | None = None,
         **record: Any,
     ) -> None:
-        self.quant_method = QUANT_METHOD
-        self.quantization_bits, self.quantization_type = quantization_bits, quantization_type
-        self.group_size, self.symmetric, self.embedding_bits = group_size, symmetric, embedding_bits
-        self.algorithm, self.backend, self.iterations = algorithm, backend, iterations
+        self.quant_method, self.quantization_bits = QUANT_METHOD, quantization_bits
+        self.quantization_type, self.group_size, self.symmetric = quantization_type, group_size, symmetric
+        self.embedding_bits, self.requested = embedding_bits, dict[str, Any]()
+        self.algorithm, self.backend, self.iterations, self.dequantize = algorithm, backend, iterations, dequantize
         self.bnb_4bit_quant_type, self.bnb_4bit_use_double_quant = bnb_4bit_quant_type, bnb_4bit_use_double_quant
-        self.skip_modules, self.overrides, self.seed = skip_modules, overrides, seed
-        self.strict, self.dequantize, self.requested = strict, dequantize, dict[str, Any]()
-        self.activation_observer, self.smoothquant = activation_observer, smoothquant
+        self.skip_modules, self.overrides, self.seed, self.keep_residual = skip_modules, overrides, seed, keep_residual
+        self.activation_observer, self.smoothquant, self.strict = activation_observer, smoothquant, strict
         self.activation_symmetric = activation_symmetric
         self.calibration_samples, self.calibration_length = calibration_samples, calibration_length
         self.target_bits, self.target_size, self.target_error = target_bits, target_size, target_error
@@ -145,8 +148,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.check()
 
     def _take_record(self, record: dict[str, Any]) -> None:
-        self.calibration: dict[str, Any] | None = record.pop("calibration", None)
-        self.allocation: dict[str, Any] | None = record.pop("allocation", None)
+        self.calibration, self.allocation = record.pop("calibration", None), record.pop("allocation", None)
+        self.finetuning = record.pop("finetuning", None)
         self.modules: dict[str, str] | None = record.pop("modules", None)
         self.format_version: Any = record.pop("format_version", FORMAT_VERSION)
         self.hfquant_version, self.save_id = record.pop("hfquant_version", None), record.pop("save_id", None)
@@ -167,6 +170,8 @@ class HfQuantConfig(QuantizationConfigMixin):
                 raise ConfigError(f"{name} is for backend='bitsandbytes' with quantization_bits=4")
         for name, smallest in INTEGERS.items():
             check_integer(name, getattr(self, name), smallest)
+        if self.keep_residual and self.backend == "bitsandbytes":
+            raise ConfigError("keep_residual=True is for backend='hfquant'")
         check_group_size("group_size", self.group_size)
         if self.skip_modules is not None:
             if not isinstance(self.skip_modules, (list, tuple)):
@@ -226,6 +231,7 @@ class HfQuantConfig(QuantizationConfigMixin):
             embedding_bits=8 if self.embedding_bits is None else self.embedding_bits,
             skip_modules=tuple(ModulePattern(pattern) for pattern in self.skip_modules or ()),
             overrides=self._overrides(),
+            keep_residual=bool(self.keep_residual),
         )
 
     @property

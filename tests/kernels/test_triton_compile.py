@@ -112,7 +112,7 @@ def test_more_packed_matmuls(name: str, capability: int) -> None:
 @pytest.mark.parametrize("asymmetric", [False, True], ids=["sym", "asym"])
 @pytest.mark.parametrize(("m", "limit"), [(1, 0.9), (16, 1.0), (64, 1.2), (512, 4.0), (4096, 4.0)])
 def test_int8_matmul(m: int, limit: float, asymmetric: bool, capability: int) -> None:
-    kernel, tile, warps = int8.choose_kernel(4096 if m == 512 else 14336, m, 4096, DEVICE)
+    kernel, tile, warps = int8.choose_kernel(4096 if m == 512 else 14336, m, 4096, DEVICE, asymmetric=asymmetric)
     pointers = {
         "x_ptr": "*i8",
         "w_ptr": "*i8",

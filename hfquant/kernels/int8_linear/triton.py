@@ -17,7 +17,7 @@ from hfquant.numerics.packing import PackedWeight
 def _without_zero(acc, sums, zx_ptr, token):
     """Sums ``[BN, BM]`` of products with codes, less the zero points of the rows times the sums of weights ``[BN]``.
 
-    Those come from a product with 16 columns of ones: adding them up outside the tensor cores costs an instruction a weight.
+    Those come from a product with 16 columns of ones: adding them up outside tensor cores costs an instruction a weight.
     """
     return acc - sums[:, None] * tl.load(zx_ptr + token).to(tl.int32)[None, :]
 
@@ -102,7 +102,7 @@ def int8_matmul(activations: QuantizedRows, packed: PackedWeight, bias: Tensor |
     (m, k), n = codes.shape, packed.weight.shape[0]
     out = codes.new_empty((m, n), dtype=dtype)
     weight, scale = packed.weight.contiguous().view(torch.int8), packed.weight_scale.contiguous().view(torch.bfloat16)
-    kernel, tile, warps = choose_kernel(n, m, k, codes.device)
+    kernel, tile, warps = choose_kernel(n, m, k, codes.device, asymmetric=row_zero is not None)
     rows, columns = triton.cdiv(n, tile["BN"]), triton.cdiv(m, tile["BM"])
     grid = (rows, columns) if "S" in tile else (rows * columns,)
     with torch.cuda.device_of(codes):
@@ -114,7 +114,9 @@ def int8_matmul(activations: QuantizedRows, packed: PackedWeight, bias: Tensor |
     return out
 
 
-def choose_kernel(n: int, m: int, k: int, device: torch.device) -> tuple[Any, dict[str, int | bool], int]:
+def choose_kernel(
+    n: int, m: int, k: int, device: torch.device, *, asymmetric: bool = False
+) -> tuple[Any, dict[str, int | bool], int]:
     """Kernel, tile and warps for ``m`` rows and ``n`` outputs; no tile spills or exceeds any target's memory."""
     if m <= 64:
         bm = 8 if m <= 8 else 16 if m <= 16 else 32
@@ -122,7 +124,8 @@ def choose_kernel(n: int, m: int, k: int, device: torch.device) -> tuple[Any, di
         while bn > 16 and -(-n // bn) * -(-m // bm) < 3 * processors(device) // 4:
             bn //= 2
         even = k % (SLICES * 128) == 0
-        return int8_few_rows_kernel, {"S": SLICES, "BN": bn, "BM": bm, "BK": 128, "STAGES": 3, "EVEN": even}, 4
+        stages = 2 if asymmetric and bm == 32 else 3  # ones for the sums of weights take shared memory too
+        return int8_few_rows_kernel, {"S": SLICES, "BN": bn, "BM": bm, "BK": 128, "STAGES": stages, "EVEN": even}, 4
     bm = 128 if -(-n // 128) * -(-m // 128) >= processors(device) else 64
     tile = {"BN": 128, "BM": bm, "BK": 128, "BAND": 8, "STAGES": 3, "EVEN": k % 128 == 0}
     return int8_many_rows_kernel, tile, 8

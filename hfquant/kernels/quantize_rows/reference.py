@@ -6,6 +6,21 @@ from torch import Tensor
 from hfquant.numerics.affine import choose_row_scale, choose_row_scale_and_zero_point, code_range
 
 
+def quantized_values(x: Tensor, scale: Tensor | None, dynamic: bool, asymmetric: bool = False) -> Tensor:
+    """The values that INT8 activations stand for, like ``x [..., K]``; ``x`` itself where they stay in float.
+
+    Args:
+        x: Activations.
+        scale: Static scale ``[1]``, float32, or ``None``.
+        dynamic: One scale per row instead.
+        asymmetric: With ``dynamic``: rows have a zero point too.
+    """
+    if not dynamic and scale is None:
+        return x
+    codes, row_scale, row_zero = quantize_rows_reference(x.reshape(-1, x.shape[-1]), scale, asymmetric)
+    return ((codes.to(row_scale.dtype) - row_zero) * row_scale).to(x.dtype).view(x.shape)
+
+
 def quantize_rows_reference(x: Tensor, scale: Tensor | None, asymmetric: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """See ``hfquant.kernels.quantize_rows.quantize_rows``."""
     zero_point = torch.zeros(*x.shape[:-1], 1, dtype=torch.int8, device=x.device)

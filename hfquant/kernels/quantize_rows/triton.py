@@ -32,6 +32,7 @@ def quantize_rows_kernel(
         scale = tl.where(scale == 0, 1.0, scale)
     scale = tl.where(tl.max(bad, 0) > 0, float("nan"), scale)
     tl.store(scale_ptr + row, scale)
+    zero = tl.where(tl.max(bad, 0) > 0, 0.0, zero)
     tl.store(zero_ptr + row, tl.cast(zero, tl.float32).to(tl.int8))
     for start in range(0, K, BK):
         inside = start + columns < K
