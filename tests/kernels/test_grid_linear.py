@@ -219,7 +219,7 @@ def test_opcheck() -> None:
     for case in (Case(4, "weight_only", lora=False, symmetric=False), Case(8, "static")):
         leaves = case.leaves()
         inputs = case.input_scale, leaves.get("input_log_scale")
-        arguments = (leaves["x"], *case.adapter(leaves), *inputs, leaves["bias"], FACTOR, False, case.bits)
+        arguments = (leaves["x"], *case.adapter(leaves), *inputs, leaves["bias"], FACTOR, False, False, case.bits)
         torch.library.opcheck(torch.ops.hfquant.grid_linear.default, arguments)
 
 

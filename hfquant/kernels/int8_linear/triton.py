@@ -17,7 +17,7 @@ from hfquant.numerics.packing import PackedWeight
 def _without_zero(acc, sums, zx_ptr, token):
     """Sums ``[BN, BM]`` of products with codes, less the zero points of the rows times the sums of weights ``[BN]``.
 
-    Those come from a product with 16 columns of ones: adding them up outside tensor cores costs an instruction a weight.
+    Those come from a product with 16 columns of ones: adding up outside tensor cores costs an instruction a weight.
     """
     return acc - sums[:, None] * tl.load(zx_ptr + token).to(tl.int32)[None, :]
 
