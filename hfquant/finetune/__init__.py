@@ -1,0 +1,1 @@
+"""Fine-tuning quantized models: adapters on packed weights."""

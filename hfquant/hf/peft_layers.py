@@ -1,0 +1,159 @@
+"""PEFT's LoRA layers on packed weights: they train as on float weights, and merge by rounding onto the grid.
+
+Imports PEFT; ``hfquant/hf/peft.py`` imports this when a LoRA layer is made.
+"""
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from hfquant.errors import ConfigError
+from hfquant.finetune.side import MergeRecord, round_onto_grid
+from hfquant.kernels.dequantize import dequantize_weight
+from hfquant.nn.packed_module import PackedModule
+from hfquant.nn.quant_embedding import QuantEmbedding
+from hfquant.nn.quant_linear import QuantLinear
+
+
+class BeforeMerge(NamedTuple):
+    """What a base layer had before the first adapter was merged into it.
+
+    Attributes:
+        weight: Packed codes.
+        bias: Values, if there is a bias.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class PackedLora(LoraLayer):
+    """Merging of a LoRA layer whose base layer is packed; comes before PEFT's class.
+
+    Codes before the merge are kept until the adapters are unloaded, so unmerging is exact, and adapters that are merged
+    one after another are rounded once, as a sum.
+
+    Attributes:
+        before_merge: What unmerging restores.
+        merge_record: What the last merge cost.
+    """
+
+    before_merge: BeforeMerge | None = None
+    merge_record: MergeRecord | None = None
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The update of one adapter, ``[N, K]``: PEFT's class, which comes after this one, has it."""
+        delta: Tensor = super().get_delta_weight(adapter)  # type: ignore[misc]
+        return delta
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Packed weights are ``[N, K]``, whatever the float layer was: a config made for ``Conv1D`` fits too."""
+        return False
+
+    @fan_in_fan_out.setter
+    def fan_in_fan_out(self, value: bool) -> None:
+        pass
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Round the base weight plus the adapters' updates onto the grid, in place.
+
+        Args:
+            safe_merge: As in PEFT. Weights that are not finite are refused either way.
+            adapter_names: Adapters to merge; ``None`` takes the active ones.
+
+        Raises:
+            SchemeError: If an adapter makes weights that are not finite.
+            ConfigError: If an adapter has a bias and the layer has none.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_bias]
+        if not names:
+            return
+        base = self._base()
+        before = self.before_merge or BeforeMerge(base.packed().weight.data, _data(base.bias))
+        packed = base.packed()._replace(weight=before.weight.to(base.packed().weight.device))
+        bits, inputs = base.scheme.weight.bits, base.float_weights["weight"].in_features
+        original = dequantize_weight(*packed, bits=bits, in_features=inputs, dtype=torch.float32)
+        target = original
+        for name in (*self.merged_adapters, *names):
+            target = self._with_adapter(target, original, name)
+        codes, record = round_onto_grid(packed, target, bits=bits, name=type(base).__name__)
+        bias = self._merged_bias(before.bias, (*self.merged_adapters, *names))
+        self.before_merge, self.merge_record = before, record
+        base.packed().weight.data = codes
+        if bias is not None:
+            base.bias.data = bias
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Restore the codes from before the merge, bit for bit."""
+        if not self.merged_adapters:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base, before = self._base(), self.before_merge
+        assert before is not None
+        base.packed().weight.data = before.weight.to(base.packed().weight.device)
+        if before.bias is not None:
+            base.bias.data = before.bias.to(base.bias.device)
+        self.before_merge = self.merge_record = None
+        self.merged_adapters.clear()
+
+    def _base(self) -> Any:
+        return self.get_base_layer()
+
+    @torch.no_grad()
+    def _with_adapter(self, weight: Tensor, original: Tensor, name: str) -> Tensor:
+        """``weight`` with one more adapter, as the unmerged layer computes it.
+
+        DoRA (Liu et al. 2024, eq. 5, https://arxiv.org/abs/2402.09353) scales each row to its learned magnitude, and
+        takes the norm of the weight that was there before any merge.
+        """
+        delta = self.get_delta_weight(name).float()
+        if name not in self.lora_variant:
+            return weight + delta
+        magnitude: Any = self.lora_magnitude_vector[name]
+        factor = magnitude.weight.float() / torch.linalg.norm(original + delta, dim=1)
+        scaled: Tensor = factor.unsqueeze(-1) * (weight + delta)
+        return scaled
+
+    @torch.no_grad()
+    def _merged_bias(self, bias: Tensor | None, names: tuple[str, ...]) -> Tensor | None:
+        for name in names:
+            if self.lora_bias[name]:
+                if bias is None:
+                    raise ConfigError(
+                        f"adapter {name!r} has lora_bias=True and {type(self._base()).__name__} has no bias: "
+                        "it cannot be merged; keep the adapter beside the weight"
+                    )
+                own: Any = self.lora_B[name]
+                bias = bias + (own.bias * self.scaling[name]).to(bias.dtype)
+        return bias
+
+
+class PackedLoraLinear(PackedLora, Linear):
+    """LoRA and DoRA on ``QuantLinear``."""
+
+
+class PackedLoraEmbedding(PackedLora, Embedding):
+    """LoRA on ``QuantEmbedding``."""
+
+
+def packed_lora_layer(target: nn.Module, base: PackedModule, adapter_name: str, config: Any, **kwargs: Any) -> Any:
+    """The LoRA layer for ``target``, which is ``base`` or holds it.
+
+    Raises:
+        ConfigError: If no LoRA layer fits ``base``.
+    """
+    if isinstance(base, QuantLinear):
+        return PackedLoraLinear(target, adapter_name, config=config, **kwargs)
+    if isinstance(base, QuantEmbedding):
+        return PackedLoraEmbedding(target, adapter_name, config=config, **kwargs)
+    raise ConfigError(f"{type(base).__name__} takes no LoRA layer")
+
+
+def _data(parameter: nn.Parameter | None) -> Tensor | None:
+    return None if parameter is None else parameter.data
