@@ -40,8 +40,10 @@ class PackedLora(LoraLayer):
     Attributes:
         before_merge: What unmerging restores.
         merge_record: What the last merge cost.
+        layer_name: In the model, for errors.
     """
 
+    layer_name: str = "layer"
     before_merge: BeforeMerge | None = None
     merge_record: MergeRecord | None = None
 
@@ -74,14 +76,14 @@ class PackedLora(LoraLayer):
         if not names:
             return
         base = self._base()
-        before = self.before_merge or BeforeMerge(base.packed().weight.data, _data(base.bias))
+        before = self.before_merge or BeforeMerge(base.packed().weight.data, _data(base._parameters.get("bias")))
         packed = base.packed()._replace(weight=before.weight.to(base.packed().weight.device))
         bits, inputs = base.scheme.weight.bits, base.float_weights["weight"].in_features
         original = dequantize_weight(*packed, bits=bits, in_features=inputs, dtype=torch.float32)
         target = original
         for name in (*self.merged_adapters, *names):
             target = self._with_adapter(target, original, name)
-        codes, record = round_onto_grid(packed, target, bits=bits, name=type(base).__name__)
+        codes, record = round_onto_grid(packed, target, bits=bits, name=self.layer_name)
         bias = self._merged_bias(before.bias, (*self.merged_adapters, *names))
         self.before_merge, self.merge_record = before, record
         base.packed().weight.data = codes
@@ -126,7 +128,7 @@ class PackedLora(LoraLayer):
             if self.lora_bias[name]:
                 if bias is None:
                     raise ConfigError(
-                        f"adapter {name!r} has lora_bias=True and {type(self._base()).__name__} has no bias: "
+                        f"adapter {name!r} has lora_bias=True and {self.layer_name} has no bias: "
                         "it cannot be merged; keep the adapter beside the weight"
                     )
                 own: Any = self.lora_B[name]
@@ -148,11 +150,13 @@ def packed_lora_layer(target: nn.Module, base: PackedModule, adapter_name: str, 
     Raises:
         ConfigError: If no LoRA layer fits ``base``.
     """
-    if isinstance(base, QuantLinear):
-        return PackedLoraLinear(target, adapter_name, config=config, **kwargs)
-    if isinstance(base, QuantEmbedding):
-        return PackedLoraEmbedding(target, adapter_name, config=config, **kwargs)
-    raise ConfigError(f"{type(base).__name__} takes no LoRA layer")
+    kinds = {QuantLinear: PackedLoraLinear, QuantEmbedding: PackedLoraEmbedding}
+    kind = kinds.get(type(base))
+    if kind is None:
+        raise ConfigError(f"{type(base).__name__} takes no LoRA layer")
+    layer: Any = kind(target, adapter_name, config=config, **kwargs)
+    layer.layer_name = kwargs.get("target_name") or type(base).__name__
+    return layer
 
 
 def _data(parameter: nn.Parameter | None) -> Tensor | None:
