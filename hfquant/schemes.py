@@ -1,7 +1,7 @@
 """The vocabulary: how a weight and an activation are quantized, as frozen values without any torch module.
 
 A ``LayerScheme`` has one spelling, used in ``config.json``, reports and errors:
-``int4-g64``, ``int4-channel-asym``, ``int8-channel-dynamic``, ``int8-g32-static``.
+``int4-g64``, ``int4-channel-asym``, ``int8-channel-dynamic``, ``int8-g32-static``, ``int4-g64-residual``.
 """
 
 import re
@@ -95,12 +95,19 @@ class ActivationScheme:
 
 @dataclass(frozen=True)
 class LayerScheme:
-    """Everything needed to lay out, run and read one quantized layer."""
+    """Everything needed to lay out, run and read one quantized layer.
+
+    Attributes:
+        weight: How its weights become codes.
+        activation: How its inputs are quantized; ``None`` keeps them in float.
+        residual: Whether four more bits of each weight are kept, for fine-tuning: what rounding took from it.
+    """
 
     weight: WeightScheme
     activation: ActivationScheme | None = None
+    residual: bool = False
 
-    _PATTERN = re.compile(r"int([48])-(?:channel|g([1-9][0-9]{0,5}))(-asym)?(?:-(dynamic|static))?")
+    _PATTERN = re.compile(r"int([48])-(?:channel|g([1-9][0-9]{0,5}))(-asym)?(?:-(dynamic|static))?(-residual)?")
 
     def __str__(self) -> str:
         weight = self.weight
@@ -108,7 +115,7 @@ class LayerScheme:
         text += "" if weight.symmetric else "-asym"
         if self.activation is not None:
             text += "-dynamic" if self.activation.dynamic else "-static"
-        return text
+        return text + ("-residual" if self.residual else "")
 
     @classmethod
     def parse(cls, text: str) -> "LayerScheme":
@@ -122,7 +129,7 @@ class LayerScheme:
             raise SchemeError(
                 f"scheme {text!r} is not understood; schemes look like int4-g64, int8-channel-dynamic, int4-g32-asym"
             )
-        bits, group, asymmetric, activation = match.groups()
+        bits, group, asymmetric, activation, residual = match.groups()
         return cls(
             WeightScheme(
                 bits=4 if bits == "4" else 8,
@@ -130,6 +137,7 @@ class LayerScheme:
                 symmetric=asymmetric is None,
             ),
             None if activation is None else ActivationScheme(dynamic=activation == "dynamic"),
+            residual is not None,
         )
 
     @property
@@ -233,6 +241,7 @@ class QuantizationSettings:
         embedding_bits: Of the input embedding and the output head: 16 keeps them in float.
         skip_modules: Modules to keep in float.
         overrides: Exceptions; a later one wins.
+        keep_residual: Keep what rounding took from linear weights, for fine-tuning.
     """
 
     bits: Bits
@@ -242,6 +251,7 @@ class QuantizationSettings:
     embedding_bits: int = 8
     skip_modules: tuple[ModulePattern, ...] = ()
     overrides: tuple[ModuleOverride, ...] = ()
+    keep_residual: bool = False
 
     def for_module(self, name: str) -> "QuantizationSettings":
         """The settings after the overrides whose pattern matches ``name``; ``bits`` may then be 16."""

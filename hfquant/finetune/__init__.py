@@ -1,1 +1,1 @@
-"""Fine-tuning quantized models: adapters on packed weights."""
+"""Fine-tuning of quantized models: adapters that keep the weights packed."""

@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "bnb_4bit_use_double_quant": (True, False),
     "strict": (True, False),
     "dequantize": (True, False),
+    "keep_residual": (True, False),
 }
 """Field -> the values it takes, beside ``None`` for "not set"."""
 
@@ -44,7 +45,7 @@ INTEGERS: dict[str, int] = {"iterations": 1, "calibration_samples": 1, "calibrat
 USER_FIELDS = (*CHOICES, *INTEGERS, "group_size", "skip_modules", "overrides")
 RECORD_FIELDS = (
     *("quant_method", "format_version", "hfquant_version", "modules", "save_id", "quantization_mode"),
-    "calibration",
+    *("calibration", "finetuning"),
 )
 LOAD_ONLY_FIELDS = ("dequantize", "strict")
 
@@ -80,6 +81,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         seed: Of the choice of windows and of learned rounding (default 0).
         strict: Raise if a linear layer would stay in float although nobody asked for it.
         dequantize: On loading a quantized checkpoint, return the float model of its values.
+        keep_residual: Keep four more bits of each linear weight, what rounding took from it: fine-tuning with
+            ``adapter="grid"`` starts better from them. Not needed to run the model.
         record: What a checkpoint adds (``modules``, ``save_id``, ``format_version``, ...); not for users.
 
     Raises:
@@ -107,6 +110,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         calibration_samples: int | None = None,
         calibration_length: int | None = None,
         seed: int | None = None,
+        keep_residual: bool | None = None,
         **record: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
@@ -118,6 +122,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.strict, self.dequantize, self.requested = strict, dequantize, dict[str, Any]()
         self.activation_observer, self.smoothquant = activation_observer, smoothquant
         self.calibration_samples, self.calibration_length = calibration_samples, calibration_length
+        self.keep_residual = keep_residual
+        self.finetuning: dict[str, Any] | None = record.pop("finetuning", None)
         self.calibration: dict[str, Any] | None = record.pop("calibration", None)
         self.modules: dict[str, str] | None = record.pop("modules", None)
         self.format_version: Any = record.pop("format_version", FORMAT_VERSION)
@@ -140,6 +146,8 @@ class HfQuantConfig(QuantizationConfigMixin):
                 raise ConfigError(f"{name} is for backend='bitsandbytes' with quantization_bits=4")
         for name, smallest in INTEGERS.items():
             check_integer(name, getattr(self, name), smallest)
+        if self.keep_residual and self.backend == "bitsandbytes":
+            raise ConfigError("keep_residual=True is for backend='hfquant'")
         check_group_size("group_size", self.group_size)
         if self.skip_modules is not None:
             if not isinstance(self.skip_modules, (list, tuple)):
@@ -168,6 +176,7 @@ class HfQuantConfig(QuantizationConfigMixin):
             embedding_bits=8 if self.embedding_bits is None else self.embedding_bits,
             skip_modules=tuple(ModulePattern(pattern) for pattern in self.skip_modules or ()),
             overrides=self._overrides(),
+            keep_residual=bool(self.keep_residual),
         )
 
     @property

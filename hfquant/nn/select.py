@@ -1,7 +1,7 @@
 """Which modules of a model are quantized, with which scheme, and why the others are kept."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import gcd
 
 from torch import nn
@@ -217,7 +217,8 @@ def _scheme_for(
         bits = _embedding_bits(name, settings)
         asked = own.group_size if bits == own.bits == 4 else None
         return _fit(bits, "weight_only", asked, own.symmetric, inputs, model_parameters)
-    return _fit(own.bits, own.quantization_type, own.group_size, own.symmetric, inputs, model_parameters)
+    scheme = _fit(own.bits, own.quantization_type, own.group_size, own.symmetric, inputs, model_parameters)
+    return replace(scheme, residual=own.keep_residual)
 
 
 def _fit(

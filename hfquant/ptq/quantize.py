@@ -5,6 +5,7 @@ from tqdm.auto import tqdm
 
 from hfquant.nn.select import Selection, packed_class
 from hfquant.nn.swap import swap_modules_
+from hfquant.numerics.residual import rounding_residual
 from hfquant.ptq.quantize_weight import quantize_weight
 
 
@@ -27,11 +28,10 @@ def quantize_modules_(model: nn.Module, selection: Selection, *, algorithm: str,
         module = model.get_submodule(name)
         target = packed_class(module)
         assert target is not None
+        rows = {key: weight.to_rows(module.get_parameter(key)) for key, weight in target.weights_of(module).items()}
         results = {
-            key: quantize_weight(
-                weight.to_rows(module.get_parameter(key)), scheme.weight, algorithm=algorithm, name=f"{name}.{key}"
-            )
-            for key, weight in target.weights_of(module).items()
+            key: quantize_weight(values, scheme.weight, algorithm=algorithm, name=f"{name}.{key}")
+            for key, values in rows.items()
         }
         target.swap_(module, scheme)
         packed = model.get_submodule(name)
@@ -39,5 +39,8 @@ def quantize_modules_(model: nn.Module, selection: Selection, *, algorithm: str,
         for key, result in results.items():
             packed.load_packed(result.packed, key)
             packed.sqnr_db[key] = result.sqnr_db
+            if scheme.residual:
+                packed.set_residual(rounding_residual(rows[key], result.packed, bits=scheme.weight.bits), key)
+        del rows
     tied = {name: selection.schemes[name] for name in selection.ties}
     swap_modules_(model, tied, selection.ties)

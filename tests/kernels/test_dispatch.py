@@ -205,8 +205,8 @@ def test_opcheck_of_the_new_ops() -> None:
     calls = [
         (ops.fake_quantize.default, (delta.requires_grad_(), scale.requires_grad_(), zero, 4)),
         (ops.fake_quantize_backward.default, (torch.ones(6, 64), delta.detach(), scale.detach(), None, 4)),
-        (ops.grid_weight.default, (codes, residual, delta, scale, torch.bfloat16)),
-        (ops.grid_weight_backward.default, (torch.ones(6, 64), codes, None, delta.detach(), scale.detach())),
+        (ops.grid_weight.default, (codes, residual, delta, scale, None, 4, torch.bfloat16)),
+        (ops.grid_weight_backward.default, (torch.ones(6, 64), codes, None, delta.detach(), scale.detach(), None, 4)),
         (
             ops.expert_linear.default,
             (case.x.requires_grad_(), ends, *experts, case.bias[None].requires_grad_(), False, 4),

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from hfquant.kernels.int8_linear.reference import linear_on_codes
-from hfquant.kernels.quantize_rows.reference import quantize_rows_reference
+from hfquant.kernels.quantize_rows.reference import quantized_values
 from hfquant.numerics.straight_through import (
     activation_gradients,
     learned_scale,
@@ -108,9 +108,5 @@ def _blended_weight(
 
 def _blended_activations(x: Tensor, input_scale: Tensor | None, dynamic: bool, blend: float) -> Tensor:
     """What the weight is multiplied with, in the dtype of ``x``."""
-    if not dynamic and input_scale is None:
-        return x
-    rows = x.reshape(-1, x.shape[-1])
-    codes, row_scale = quantize_rows_reference(rows, input_scale)
-    values = (codes.to(row_scale.dtype) * row_scale).to(x.dtype).view(x.shape)
-    return values if blend == 1.0 else torch.lerp(x, values, blend)
+    values = quantized_values(x, input_scale, dynamic)
+    return values if blend == 1.0 or values is x else torch.lerp(x, values, blend)

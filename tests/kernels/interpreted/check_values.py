@@ -142,13 +142,13 @@ def test_grid_weight(n: int, k: int, group: int, dtype: torch.dtype) -> None:
     _, scale, _ = values_and_scales((n, k), group, 4, dtype)
     delta = (torch.randint(-64, 64, (n, k)) / 16).to(dtype)  # sums that are ties, and clipped ones
     for rest in (None, residual):
-        arguments = codes, rest, delta, scale
+        arguments = codes, rest, delta, scale, None, 4
         found = grid_triton.grid_weight_triton(*arguments, dtype)
         assert torch.equal(found, grid_reference.grid_weight_reference(*arguments, dtype))
         grad = torch.randn(n, k).to(dtype)
         grad_delta, grad_scale = grid_triton.grid_weight_backward_triton(grad, *arguments)
         expected, plain = grid_reference.grid_weight_backward_reference(grad, *arguments)
         assert torch.equal(grad_delta, expected)
-        clipped = grid_reference.grid_steps(codes, rest, delta).clamp(-8, 7).double().view(*scale.shape, -1)
+        clipped = grid_reference.grid_steps(codes, rest, delta, bits=4).clamp(-8, 7).double().view(*scale.shape, -1)
         oracle = (grad.double().view(clipped.shape) * clipped).sum(-1)
         assert_close(grad_scale, oracle, plain, factor=GRADIENT_FACTOR)
