@@ -267,7 +267,7 @@ def base_model(task: Task, options: argparse.Namespace, arm: str, seed: int) -> 
         return model
     folder = options.results / f"{options.task}-base"
     if not (folder / "config.json").is_file():
-        quantize(copy.deepcopy(model), task, "gptq").save_pretrained(folder)
+        quantize(copy.deepcopy(model), task, "gptq", keep_residual=True).save_pretrained(folder)
     loaded = type(model).from_pretrained(folder)
     new = {key: value for key, value in model.state_dict().items() if set(key.split(".")) & set(HEADS)}
     loaded.load_state_dict(new, strict=False)
@@ -278,8 +278,8 @@ def head_layers(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and set(name.split(".")) & set(HEADS)]
 
 
-def quantize(model: nn.Module, task: Task, algorithm: str) -> nn.Module:
-    fields = SCHEME | {"algorithm": algorithm, "skip_modules": head_layers(model)}
+def quantize(model: nn.Module, task: Task, algorithm: str, **options: Any) -> nn.Module:
+    fields = SCHEME | {"algorithm": algorithm, "skip_modules": head_layers(model)} | options
     return quantize_model_ptq(model.eval(), calibration_data=task.calibration(), progress=False, **fields)
 
 

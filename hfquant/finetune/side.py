@@ -1,9 +1,11 @@
 """Merging an adapter that stands beside a packed weight: rounding the sum back onto the grid, and what that costs.
 
-    codes' = clamp(round((dequantize(codes) + update) / scale) + zero_point)
+    codes' = clamp(round((dequantize(codes) + residual + update) / scale) + zero_point)
 
-Scales and zero points stay, so a weight whose update is below half a step keeps its code. An adapter as small as that
-is lost, which is why the share of the update that survived is measured: ``adapter="grid"`` does not have this problem.
+Scales and zero points stay. Where PTQ kept what rounding took from each weight (``keep_residual=True``), it is counted
+in, and about ``|update| / step`` of the codes change. Without it a weight whose update is below half a step keeps its
+code, and an adapter as small as that is lost; so the share of the update that survived is measured.
+``adapter="grid"`` trains inside the rounding, and loses nothing.
 """
 
 from collections.abc import Iterable
@@ -87,7 +89,9 @@ def merge_report(records: Iterable[MergeRecord]) -> MergeReport:
     )
 
 
-def round_onto_grid(packed: PackedWeight, target: Tensor, *, bits: int, name: str) -> tuple[Tensor, MergeRecord]:
+def round_onto_grid(
+    packed: PackedWeight, target: Tensor, *, bits: int, name: str, residual: Tensor | None = None
+) -> tuple[Tensor, MergeRecord]:
     """The codes that are nearest to ``target`` on the grid of ``packed``.
 
     Args:
@@ -95,6 +99,7 @@ def round_onto_grid(packed: PackedWeight, target: Tensor, *, bits: int, name: st
         target: What it should be, ``[..., N, K]``, float32.
         bits: Bits per code.
         name: Of the layer, for errors.
+        residual: What rounding took from the weight before, packed with 4 bits, to count in; ``None`` counts nothing.
 
     Returns:
         Packed codes ``[..., N, W]`` (int32), and what the rounding cost.
@@ -110,9 +115,9 @@ def round_onto_grid(packed: PackedWeight, target: Tensor, *, bits: int, name: st
     if zero is not None:
         zero = unpack(zero, bits=bits, length=groups).unsqueeze(-1)
     grid, size = (scale.unsqueeze(-1), zero), inputs // groups
-    codes = split_groups(unpack(packed.weight, bits=bits, length=inputs), size)
-    wanted = split_groups(target, size)
-    found = quantize(wanted, *grid, bits=bits)
+    codes, wanted = (split_groups(t, size) for t in (unpack(packed.weight, bits=bits, length=inputs), target))
+    taken = 0.0 if residual is None else residual_values(residual, packed.weight_scale, inputs)
+    found = quantize(wanted + taken, *grid, bits=bits)
     before = dequantize(codes, *grid)
     update, change = wanted - before, dequantize(found, *grid) - before
     record = MergeRecord(
@@ -123,6 +128,21 @@ def round_onto_grid(packed: PackedWeight, target: Tensor, *, bits: int, name: st
         lost=_dot(change - update, change - update),
     )
     return pack(found.view(target.shape), bits=bits), record
+
+
+def residual_values(residual: Tensor, weight_scale: Tensor, in_features: int) -> Tensor:
+    """What rounding took from a weight, in its units.
+
+    Args:
+        residual: Packed with 4 bits ``[..., N, ceil(K / 8)]``, int32.
+        weight_scale: Bit patterns of the scales ``[..., N, K // G]``, int16.
+        in_features: K.
+
+    Returns:
+        Values in groups ``[..., N, K // G, G]``, float32.
+    """
+    steps = unpack(residual, bits=4, length=in_features).float() / 16
+    return split_groups(steps, in_features // weight_scale.shape[-1]) * scale_from_bits(weight_scale).unsqueeze(-1)
 
 
 def _dot(left: Tensor, right: Tensor) -> float:

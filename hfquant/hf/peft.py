@@ -8,7 +8,7 @@ imports PEFT itself, and models without packed layers go through unchanged.
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +18,8 @@ from transformers.utils import logging
 
 from hfquant.errors import ConfigError
 from hfquant.finetune.side import MergeReport, merge_report
+from hfquant.hf.trl import wrap_fused_head
+from hfquant.nn.adapted_module import AdaptedModule
 from hfquant.nn.packed_module import PackedModule
 from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.quant_linear import QuantLinear
@@ -49,7 +51,7 @@ def add_side_adapter(
     rank: int = 16,
     alpha: float | None = None,
     dropout: float = 0.0,
-    target_modules: str | list[str] | None = None,
+    target_modules: str | Sequence[str] | None = None,
 ) -> Any:
     """Put a LoRA adapter beside the packed linear layers of ``model``: QLoRA's semantics, on hfquant's codes.
 
@@ -80,7 +82,7 @@ def add_side_adapter(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
-        target_modules=names,
+        target_modules=names if isinstance(names, str) else list(names),
         task_type=next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None),
     )
     return get_peft_model(model, config)
@@ -149,6 +151,7 @@ def install() -> None:
     after_import("peft.tuners.lora.model", _wrap_lora)
     for name in ("peft.utils.other", "peft.utils", "peft"):
         after_import(name, prepare_packed_models)
+    after_import("trl.trainer.utils", wrap_fused_head)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any], *, static: bool = False) -> None:
@@ -258,6 +261,8 @@ def check_adapter_config(tuner: Any, model: nn.Module, config: Any) -> None:
             f"one of {', '.join(map(repr, INITIALISATIONS))}"
         )
     for name, module in targets:
+        if isinstance(module, AdaptedModule):
+            raise ConfigError(f"{name} is in fine-tuning with another adapter; call merge_adapters(model) first")
         if isinstance(module, QuantEmbedding) and config.use_dora:
             raise ConfigError(f"use_dora on {name}: DoRA reads the codes of an embedding; use LoRA, or leave it out")
         if not isinstance(module, QuantLinear | QuantEmbedding):

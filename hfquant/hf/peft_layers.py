@@ -4,7 +4,7 @@ Imports PEFT; ``hfquant/hf/peft.py`` imports this when a LoRA layer is made.
 """
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Embedding, Linear, LoraLayer
@@ -12,23 +12,16 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from hfquant.errors import ConfigError
-from hfquant.finetune.side import MergeRecord, round_onto_grid
+from hfquant.finetune.side import MergeRecord, residual_values, round_onto_grid
 from hfquant.kernels.dequantize import dequantize_weight
 from hfquant.nn.packed_module import PackedModule
 from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.quant_linear import QuantLinear
+from hfquant.numerics.residual import rounding_residual
 
 
-class BeforeMerge(NamedTuple):
-    """What a base layer had before the first adapter was merged into it.
-
-    Attributes:
-        weight: Packed codes.
-        bias: Values, if there is a bias.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
+KEPT = ("weight", "weight_residual", "bias")
+"""Parameters of a base layer that merging changes, where it has them."""
 
 
 class PackedLora(LoraLayer):
@@ -44,7 +37,7 @@ class PackedLora(LoraLayer):
     """
 
     layer_name: str = "layer"
-    before_merge: BeforeMerge | None = None
+    before_merge: dict[str, Tensor] | None = None
     merge_record: MergeRecord | None = None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -76,19 +69,25 @@ class PackedLora(LoraLayer):
         if not names:
             return
         base = self._base()
-        before = self.before_merge or BeforeMerge(base.packed().weight.data, _data(base._parameters.get("bias")))
-        packed = base.packed()._replace(weight=before.weight.to(base.packed().weight.device))
+        own = {name: base._parameters.get(name) for name in KEPT}
+        before = self.before_merge or {name: p.data for name, p in own.items() if p is not None}
+        on_device = {name: tensor.to(base.packed().weight.device) for name, tensor in before.items()}
+        packed = base.packed()._replace(weight=on_device["weight"])
         bits, inputs = base.scheme.weight.bits, base.float_weights["weight"].in_features
         original = dequantize_weight(*packed, bits=bits, in_features=inputs, dtype=torch.float32)
-        target = original
-        for name in (*self.merged_adapters, *names):
+        target, merged = original, (*self.merged_adapters, *names)
+        for name in merged:
             target = self._with_adapter(target, original, name)
-        codes, record = round_onto_grid(packed, target, bits=bits, name=self.layer_name)
-        bias = self._merged_bias(before.bias, (*self.merged_adapters, *names))
+        residual = on_device.get("weight_residual")
+        codes, record = round_onto_grid(packed, target, bits=bits, name=self.layer_name, residual=residual)
+        after = {"weight": codes, "bias": self._merged_bias(on_device.get("bias"), merged)}
+        if residual is not None:
+            exact = target + residual_values(residual, packed.weight_scale, inputs).view(target.shape)
+            after["weight_residual"] = rounding_residual(exact, packed._replace(weight=codes), bits=bits)
         self.before_merge, self.merge_record = before, record
-        base.packed().weight.data = codes
-        if bias is not None:
-            base.bias.data = bias
+        for name, tensor in after.items():
+            if tensor is not None:
+                base._parameters[name].data = tensor
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -98,9 +97,8 @@ class PackedLora(LoraLayer):
             return
         base, before = self._base(), self.before_merge
         assert before is not None
-        base.packed().weight.data = before.weight.to(base.packed().weight.device)
-        if before.bias is not None:
-            base.bias.data = before.bias.to(base.bias.device)
+        for name, tensor in before.items():
+            base._parameters[name].data = tensor.to(base._parameters[name].device)
         self.before_merge = self.merge_record = None
         self.merged_adapters.clear()
 
@@ -157,7 +155,3 @@ def packed_lora_layer(target: nn.Module, base: PackedModule, adapter_name: str, 
     layer: Any = kind(target, adapter_name, config=config, **kwargs)
     layer.layer_name = kwargs.get("target_name") or type(base).__name__
     return layer
-
-
-def _data(parameter: nn.Parameter | None) -> Tensor | None:
-    return None if parameter is None else parameter.data

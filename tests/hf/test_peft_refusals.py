@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
-from hfquant import ConfigError
+from hfquant import ConfigError, prepare_model_for_finetuning
 from tests.support.adapters import codes, quantized, same
 from tests.support.tiny_models import output, text_inputs
 
@@ -86,6 +86,12 @@ def test_embeddings_refuse_what_reads_their_codes() -> None:
     config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])
     with pytest.raises(ConfigError, match=r"trainable_token_indices: model\.embed_tokens is packed"):
         get_peft_model(quantized(embedding_bits=8), config)
+
+
+def test_a_model_in_fine_tuning_takes_no_second_adapter() -> None:
+    model = prepare_model_for_finetuning(quantized(), "grid", rank=2, progress=False)
+    with pytest.raises(ConfigError, match=r"q_proj is in fine-tuning with another adapter; call merge_adapters"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
 
 
 def test_experts_are_refused() -> None:

@@ -15,12 +15,13 @@ from hfquant.hf.peft import add_side_adapter
 from tests.support.adapters import adapter_state, codes, lora, quantized, same
 from tests.support.processes import run_python
 from tests.support.tiny_models import TEXT, output, text_inputs
-from tests.support.training import CHECKPOINTING, examples
+from tests.support.tolerance import SAME_VALUES
+from tests.support.training import CHECKPOINTING, examples, tiny_tokenizer
 
 
 pytestmark = [
-    # PEFT 0.21 asks Transformers 5.23 by the old name.
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
+    # PEFT 0.21 asks Transformers 5.23 by the old names.
+    pytest.mark.filterwarnings("ignore:.(is_gradient_checkpointing|gradient_checkpointing_enable):FutureWarning"),
     pytest.mark.filterwarnings("ignore:Could not find a config file"),
 ]
 
@@ -99,17 +100,16 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path: Path) -> None:
     assert len(set(found[0])) == 4
 
 
-@pytest.mark.parametrize("reentrant", [None, True, False])
-def test_preparation_for_training_is_that_of_bitsandbytes(reentrant: bool | None) -> None:
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_preparation_for_training_is_that_of_bitsandbytes(reentrant: bool) -> None:
     """Frozen, other parameters in float32, checkpointing on, and gradients reach the adapters through it."""
     model = quantized(embedding_bits=8).to(torch.bfloat16)
-    kwargs = {} if reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    prepared = prepare_model_for_kbit_training(model, **kwargs)
+    prepared = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     assert prepared is model
     assert not hasattr(model, "is_loaded_in_8bit")
     assert not any(p.requires_grad for p in model.parameters())
     assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
-    assert model.is_gradient_checkpointing
+    assert checkpoints(model)
     assert model.model.embed_tokens(torch.tensor([[1]])).dtype == torch.float32
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).train()
     ids = text_inputs()["input_ids"]
@@ -118,9 +118,13 @@ def test_preparation_for_training_is_that_of_bitsandbytes(reentrant: bool | None
     assert any(p.grad.abs().max() > 0 for n, p in adapted.named_parameters() if "layers.0" in n and "lora_B" in n)
 
 
+def checkpoints(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def test_preparation_without_checkpointing() -> None:
     model = prepare_model_for_kbit_training(quantized(), use_gradient_checkpointing=False)
-    assert not model.is_gradient_checkpointing
+    assert not checkpoints(model)
 
 
 def classifier(skip: bool) -> PreTrainedModel:
@@ -190,8 +194,6 @@ def test_trl_trains_an_adapter_it_made_itself(tmp_path: Path) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from tests.support.training import tiny_tokenizer
-
     base = quantized()
     original = codes(base)
     trainer = SFTTrainer(
@@ -215,6 +217,9 @@ def test_trl_trains_an_adapter_it_made_itself(tmp_path: Path) -> None:
     assert isinstance(trainer.model, PeftModel)
     assert len(set(losses(trainer))) == 3
     assert same(codes(trainer.model), original)
+    batch = {"input_ids": text_inputs()["input_ids"], "labels": text_inputs()["input_ids"]}
+    tiles, plain = trainer.model.eval()(**batch, fused_lm_head=True).loss, trainer.model(**batch).loss
+    torch.testing.assert_close(tiles, plain, **SAME_VALUES)  # the packed head, as TRL reads it
     trainer.save_model(str(tmp_path / "adapter"))
     loaded = PeftModel.from_pretrained(quantized(), tmp_path / "adapter")
     assert torch.equal(output(loaded, "llama"), output(trainer.model.eval(), "llama"))
