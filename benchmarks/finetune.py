@@ -16,7 +16,7 @@ are calibrated on the part to train (GPTQ).
 
 head         the head alone (classification)
 lora         LoRA on the float model
-lora-ptq     that, merged, then quantized: with GPTQ, and with --best-ptq
+lora-ptq     that, merged, then quantized with GPTQ; lora-signround with SignRound
 nf4          LoRA on bitsandbytes' NF4, and merged by PEFT
 grid         hfquant's adapter inside the rounding, merged, saved and loaded again
 scales       hfquant's scales, norms and biases alone
@@ -56,10 +56,11 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "examples")]
 SCHEME = {"quantization_bits": 4, "quantization_type": "weight_only", "group_size": 64, "embedding_bits": 16}
 RANK, DROPOUT = 16, 0.0
 
-ARMS = ("head", "lora", "nf4", "side", "scales", "grid")
+ARMS = ("head", "lora", "lora-signround", "nf4", "side", "scales", "grid")
 RATES = {
     "head": (1e-3, 3e-3, 1e-2),
     "lora": (5e-4, 1e-3, 2e-3),
+    "lora-signround": (0.0,),
     "nf4": (5e-4, 1e-3, 2e-3),
     "side": (5e-4, 1e-3, 2e-3),
     "scales": (1e-3, 3e-3, 1e-2),
@@ -237,6 +238,7 @@ class Language(Task):
 
         self.source = language_source(options)
         self.options, self.parts = options, split_ids(options, self.source)
+        self.parts["tune"] = self.parts["tune"][: options.tune_tokens]
 
     def float_model(self, seed: int) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32)
@@ -287,6 +289,8 @@ def run_arm(task: Task, options: argparse.Namespace, arm: str, seed: int, rates:
     """Train ``arm`` at every rate, keep the best on the part to tune, and judge it as it is and as it is shipped."""
     from qat import train
 
+    if arm == "lora-signround":
+        return signround(task, options, seed)
     best: tuple[float, float, nn.Module] | None = None
     tuned, seconds = {}, []
     for rate in rates:
@@ -310,18 +314,37 @@ def judged(task: Task, options: argparse.Namespace, arm: str, seed: int, model: 
     result: dict[str, Any] = {"unmerged": task.judge(model, "test")}
     if arm == "head":
         return result
-    shipped = merged(model, arm, options.results / f"{options.task}-{arm}-s{seed}.merged")
+    plain = copy.deepcopy(model) if arm == "side" else None
+    shipped = merged(model, arm, merged_folder(options, arm, seed))
     if arm == "lora":
-        for algorithm in dict.fromkeys(("gptq", options.best_ptq)):
-            found = quantize(copy.deepcopy(shipped), task, algorithm)
-            result[f"ptq-{algorithm}"] = task.judge(found, "test")
-        return result
+        shipped.save_pretrained(merged_folder(options, arm, seed))
+        return result | {"ptq": task.judge(quantize(shipped, task, "gptq"), "test")}
     result["merged"] = task.judge(shipped, "test")
-    if arm == "side":
+    if plain is not None:
         result["report"] = vars(model.base_model.model.merge_report)
+        result["merged without residuals"] = task.judge(merge_side_adapter(without_residuals(plain)), "test")
+        result["report without residuals"] = vars(plain.base_model.model.merge_report)
     if arm != "nf4":
         result["codes_changed"] = changed_codes(base_model(task, options, arm, seed), shipped)
     return result
+
+
+def without_residuals(model: nn.Module) -> nn.Module:
+    """``model`` as if PTQ had not kept what rounding took from its weights."""
+    for _, module in packed_modules(model):
+        module._parameters.pop("weight_residual", None)
+    return model
+
+
+def merged_folder(options: argparse.Namespace, arm: str, seed: int) -> Path:
+    return options.results / f"{options.task}-{arm}-s{seed}.merged"
+
+
+def signround(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """What ``lora`` left, quantized with learned rounding."""
+    kind = type(task.float_model(seed))
+    model = kind.from_pretrained(merged_folder(options, "lora", seed), dtype=torch.float32)
+    return {"rate": 0.0, "train_seconds": 0.0, "ptq": task.judge(quantize(model, task, "signround"), "test")}
 
 
 TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {"classification": Classification, "language": Language}
@@ -439,14 +462,14 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=0)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--eval-tokens", type=int, default=16384, help="0 takes all")
-    parser.add_argument("--best-ptq", default="signround", help="algorithm, beside gptq, for lora-ptq")
+    parser.add_argument("--tune-tokens", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="a tiny random model, in seconds")
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write the results here too")
     options = parser.parse_args(given)
     classification = options.task == "classification"
-    options.steps = options.steps or (150 if classification else 40)
+    options.steps = options.steps or (150 if classification else 20)
     options.batch = options.batch or (16 if classification else 4)
     options.seeds = options.seeds or (list(range(5)) if classification else [0])
     options.given = given
