@@ -30,7 +30,8 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
 )
 
 from hfquant import quantize_model_ptq
@@ -347,7 +350,7 @@ def signround(task: Task, options: argparse.Namespace, seed: int) -> dict[str, A
     return {"rate": 0.0, "train_seconds": 0.0, "ptq": task.judge(quantize(model, task, "signround"), "test")}
 
 
-TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {"classification": Classification, "language": Language}
+TASKS: dict[str, type[Task]] = {"classification": Classification, "language": Language}
 
 
 def file_of(options: argparse.Namespace, arm: str, seed: int) -> Path:
@@ -365,6 +368,53 @@ def run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
         inner = ["--run", json.dumps({"arm": arm, "seed": seed, "rates": rates}), "--json", str(file)]
         subprocess.run([sys.executable, "-W", "ignore", str(HERE), *options.given, *inner], check=True)
     return json.loads(file.read_text())
+
+
+# A tiny random model and random data, in seconds.
+
+
+class SmokeLanguage(Language):
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.parts = {name: torch.arange(300) % 250 for name in ("train", "tune", "test")}
+
+    def float_model(self, seed: int) -> nn.Module:
+        from qat import tiny_llama
+
+        torch.manual_seed(0)
+        return tiny_llama()
+
+    def calibration(self) -> list[dict[str, Tensor]]:
+        return [{"input_ids": window.unsqueeze(0)} for window in self.parts["train"].split(50)]
+
+
+class SmokeClassification(Classification):
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.batch = options.batch
+        rows = [([2 + i % 90, 3 + i % 50, 5, 7], i % 2) for i in range(160)]
+        self.parts = {"train": rows, "tune": rows[:16], "test": rows[16:48]}
+
+    def float_model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+        return BertForSequenceClassification(BertConfig(vocab_size=100, **sizes))
+
+
+SMOKE: dict[str, type[Task]] = {"language": SmokeLanguage, "classification": SmokeClassification}
+
+
+def smoke(given: list[str]) -> dict[str, Any]:
+    """Every arm of both tasks, in this process."""
+    tables = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, kind in SMOKE.items():
+            options = arguments([name, *given, "--steps", "2", "--batch", "4", "--context", "16", "--seeds", "0"])
+            options.results = Path(folder)
+            task = kind(options)
+            arms = [arm for arm in ARMS if (name, arm) != ("language", "head")]
+            found = {arm: [run_arm(task, options, arm, 0, RATES[arm][-1:])] for arm in arms}
+            tables[name] = tables_of(found, name)
+    return tables
 
 
 # The table.
@@ -429,22 +479,23 @@ def gains(rows: list[dict[str, Any]]) -> None:
     if "head" in accuracy and "lora" in accuracy:
         for row in rows:
             gain = row["accuracy"] - accuracy["head"]
-            row["gain_kept_percent"] = 100 * gain / (accuracy["lora"] - accuracy["head"])
+            whole = accuracy["lora"] - accuracy["head"]
+            row["gain_kept_percent"] = 100 * gain / whole if whole else 0.0
 
 
 def tabulate(options: argparse.Namespace) -> dict[str, Any]:
-    found = {}
-    for arm in [arm for arm in ARMS if not options.arms or arm in options.arms]:
-        if options.task == "language" and arm == "head":
-            continue
-        found[arm] = [run(options, arm, seed) for seed in options.seeds]
-    measure = TASKS[options.task].measure
-    rows = [row for arm, results in found.items() for row in rows_of(arm, results, measure)]
-    tables: dict[str, Any] = {"rows": rows}
-    if options.task == "classification":
-        gains(rows)
-        tables["paired"] = comparisons(found)
-    return tables
+    arms = [arm for arm in ARMS if not options.arms or arm in options.arms]
+    if options.task == "language":
+        arms = [arm for arm in arms if arm != "head"]
+    return tables_of({arm: [run(options, arm, seed) for seed in options.seeds] for arm in arms}, options.task)
+
+
+def tables_of(found: dict[str, list[dict[str, Any]]], task: str) -> dict[str, Any]:
+    rows = [row for arm, results in found.items() for row in rows_of(arm, results, TASKS[task].measure)]
+    if task == "language":
+        return {"rows": rows}
+    gains(rows)
+    return {"rows": rows, "paired": comparisons(found)}
 
 
 def arguments(given: list[str]) -> argparse.Namespace:
@@ -479,6 +530,8 @@ def arguments(given: list[str]) -> argparse.Namespace:
 def main(given: list[str] | None = None) -> dict[str, Any]:
     options = arguments(sys.argv[1:] if given is None else given)
     torch.set_num_threads(options.threads)
+    if options.smoke:
+        return smoke(options.given)
     options.results.mkdir(parents=True, exist_ok=True)
     if options.run:
         task = TASKS[options.task](options)

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from hfquant.errors import ConfigError
 from hfquant.finetune.side import MergeReport, merge_report
+from hfquant.hf.bitsandbytes import bitsandbytes_layers
 from hfquant.hf.trl import wrap_fused_head
 from hfquant.nn.adapted_module import AdaptedModule
 from hfquant.nn.packed_module import PackedModule
@@ -53,20 +54,20 @@ def add_side_adapter(
     dropout: float = 0.0,
     target_modules: str | Sequence[str] | None = None,
 ) -> Any:
-    """Put a LoRA adapter beside the packed linear layers of ``model``: QLoRA's semantics, on hfquant's codes.
+    """Put a LoRA adapter beside the quantized linear layers of ``model``: QLoRA's semantics, on hfquant's codes.
 
     Args:
-        model: Quantized model.
+        model: Quantized model, by hfquant or by bitsandbytes.
         rank: R.
         alpha: The adapter counts ``alpha / rank`` times; ``None`` takes the rank.
         dropout: Of the adapter's input, while training.
-        target_modules: As in ``LoraConfig``; ``None`` takes every packed linear layer but the output head.
+        target_modules: As in ``LoraConfig``; ``None`` takes every quantized linear layer but the heads.
 
     Returns:
         The ``PeftModel``.
 
     Raises:
-        ConfigError: If PEFT is not installed, or ``model`` has no packed linear layer.
+        ConfigError: If PEFT is not installed, or ``model`` has no quantized linear layer.
 
     References:
         Dettmers et al. 2023 (QLoRA), https://arxiv.org/abs/2305.14314
@@ -77,7 +78,7 @@ def add_side_adapter(
         raise ConfigError("adapter='side' is a PEFT adapter: pip install peft") from error
     names = _default_targets(model) if target_modules is None else target_modules
     if not names:
-        raise ConfigError("the model has no packed linear layer that an adapter could stand beside; quantize it first")
+        raise ConfigError("no linear layer is quantized that an adapter could stand beside; quantize the model first")
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
@@ -91,10 +92,11 @@ def add_side_adapter(
 def _default_targets(model: nn.Module) -> list[str]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     heads = ("classifier", "score")  # what PEFT trains in full for classification
+    packed = [(name, module) for name, module in packed_modules(model) if isinstance(module, QuantLinear)]
     return [
         name
-        for name, module in packed_modules(model)
-        if isinstance(module, QuantLinear) and module is not head and name.split(".")[-1] not in heads
+        for name, module in (*packed, *bitsandbytes_layers(model))
+        if module is not head and name.split(".")[-1] not in heads
     ]
 
 

@@ -180,7 +180,7 @@ def test_the_side_adapter_knows_its_task_and_layers() -> None:
     assert head.base_model.model.classifier.modules_to_save["default"].weight.requires_grad
     few = add_side_adapter(quantized(), target_modules=["q_proj"])
     assert len(adapter_state(few)) == 4
-    with pytest.raises(ConfigError, match="quantize it first"):
+    with pytest.raises(ConfigError, match="quantize the model first"):
         add_side_adapter(nn.Sequential(nn.Linear(64, 64)))
 
 
