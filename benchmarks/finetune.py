@@ -7,7 +7,7 @@ Every finished arm of a seed is one JSON file in --results; one that has its fil
 interrupted and given again. The rows and the paired comparisons are written to --json.
 
 classification  MiniLM on sentence polarity (Pang and Lee 2005), one split for all: 70 % to train, 10 % to tune, 20 % to
-                judge, drawn with seed 0. The head (pooler and classifier) is new, and trains in every arm.
+                judge, drawn with seed 0. The head (pooler, and a new classifier) trains in every arm.
 language        SmolLM2-135M learns the first 60 % of the text; tuned on the next 10 %, judged on the last 30 %.
 
 Every arm trains as many steps of the same batches, and tries as many learning rates, with the first seed, on the part
@@ -71,7 +71,7 @@ RATES = {
 }
 """Learning rates that are tried: of adapters, and of the head beside them."""
 HEADS = ("classifier", "pooler")
-"""What the checkpoint of an encoder does not have: new, float, and trained in every arm."""
+"""Of an encoder: float, and trained in every arm."""
 
 
 # The arms.

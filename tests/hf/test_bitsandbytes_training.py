@@ -22,8 +22,6 @@ pytest.importorskip("bitsandbytes")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:.*_check_is_size"),
-    # PEFT 0.21 asks Transformers 5.23 by the old name.
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Could not find a config file"),
 ]
 

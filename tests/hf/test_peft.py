@@ -22,11 +22,7 @@ from tests.support.tiny_models import build, output, text_inputs
 from tests.support.tolerance import GRADIENT_FACTOR, SAME_VALUES, assert_close
 
 
-pytestmark = [
-    # PEFT 0.21 asks Transformers 5.23 by the old name.
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
 
 
 @pytest.mark.usefixtures("reference_kernels")

@@ -12,8 +12,6 @@ from tests.support.adapters import codes, quantized, same
 from tests.support.tiny_models import output, text_inputs
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-
 METHODS: dict[str, dict[str, Any]] = {
     "OFT": {"oft_block_size": 4, "r": 0},
     "BOFT": {"boft_block_size": 4},

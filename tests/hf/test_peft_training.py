@@ -19,11 +19,7 @@ from tests.support.tolerance import SAME_VALUES
 from tests.support.training import CHECKPOINTING, examples, tiny_tokenizer
 
 
-pytestmark = [
-    # PEFT 0.21 asks Transformers 5.23 by the old names.
-    pytest.mark.filterwarnings("ignore:.(is_gradient_checkpointing|gradient_checkpointing_enable):FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
 
 
 def arguments(folder: Path | str, **options: Any) -> TrainingArguments:
