@@ -40,6 +40,7 @@ def quantize(
     embedding_bits: Annotated[int | None, typer.Option(help="Embedding and head: 8, 4, or 16 for float.")] = None,
     backend: Annotated[str | None, typer.Option(help="hfquant or bitsandbytes.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Module to keep in float; repeat for more.")] = None,
+    keep_residual: Annotated[bool | None, typer.Option("--keep-residual", help="For fine-tuning: 4 bits more.")] = None,
     strict: Annotated[bool | None, typer.Option("--strict", help="Fail if a linear layer would stay float.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file with these settings.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Text file to calibrate on.")] = None,
@@ -68,8 +69,7 @@ def quantize(
         report["quality"] = _quality(model, quantized, evaluate, evaluate_tokens)
     _save(quantized, output, model, report, max_shard_size)
     resume.remove()
-    summary = _summary(quantized, output, time.perf_counter() - started)
-    print_result(summary, as_json=json, title=f"{model} -> {output}")
+    print_result(_summary(quantized, output, time.perf_counter() - started), as_json=json, title=f"{model} -> {output}")
 
 
 FIELDS = {
@@ -81,6 +81,7 @@ FIELDS = {
     "embedding_bits": "embedding_bits",
     "backend": "backend",
     "skip": "skip_modules",
+    "keep_residual": "keep_residual",
     "strict": "strict",
     "calibration_batches": "calibration_samples",
     "iterations": "iterations",

@@ -113,18 +113,15 @@ class HfQuantConfig(QuantizationConfigMixin):
         keep_residual: bool | None = None,
         **record: Any,
     ) -> None:
-        self.quant_method = QUANT_METHOD
-        self.quantization_bits, self.quantization_type = quantization_bits, quantization_type
-        self.group_size, self.symmetric, self.embedding_bits = group_size, symmetric, embedding_bits
-        self.algorithm, self.backend, self.iterations = algorithm, backend, iterations
+        self.quant_method, self.quantization_bits = QUANT_METHOD, quantization_bits
+        self.quantization_type, self.group_size, self.symmetric = quantization_type, group_size, symmetric
+        self.embedding_bits, self.requested = embedding_bits, dict[str, Any]()
+        self.algorithm, self.backend, self.iterations, self.dequantize = algorithm, backend, iterations, dequantize
         self.bnb_4bit_quant_type, self.bnb_4bit_use_double_quant = bnb_4bit_quant_type, bnb_4bit_use_double_quant
-        self.skip_modules, self.overrides, self.seed = skip_modules, overrides, seed
-        self.strict, self.dequantize, self.requested = strict, dequantize, dict[str, Any]()
-        self.activation_observer, self.smoothquant = activation_observer, smoothquant
+        self.skip_modules, self.overrides, self.seed, self.keep_residual = skip_modules, overrides, seed, keep_residual
+        self.activation_observer, self.smoothquant, self.strict = activation_observer, smoothquant, strict
         self.calibration_samples, self.calibration_length = calibration_samples, calibration_length
-        self.keep_residual = keep_residual
-        self.finetuning: dict[str, Any] | None = record.pop("finetuning", None)
-        self.calibration: dict[str, Any] | None = record.pop("calibration", None)
+        self.calibration, self.finetuning = record.pop("calibration", None), record.pop("finetuning", None)
         self.modules: dict[str, str] | None = record.pop("modules", None)
         self.format_version: Any = record.pop("format_version", FORMAT_VERSION)
         self.hfquant_version, self.save_id = record.pop("hfquant_version", None), record.pop("save_id", None)

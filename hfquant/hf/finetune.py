@@ -18,7 +18,7 @@ from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.hf.roles import model_roles
 from hfquant.nn.fake_quant_module import Adapter
 from hfquant.nn.packed_module import PackedModule
-from hfquant.nn.swap import packed_modules
+from hfquant.nn.swap import keep_packed_from_ddp_, packed_modules
 from hfquant.schemes import ModulePattern
 
 
@@ -81,7 +81,7 @@ def prepare_model_for_finetuning(
     model.requires_grad_(False)
     for name in kept:
         model.get_parameter(name).requires_grad_(True)
-    schemes = {name: str(quantizer.selection.schemes[name]) for name in names}
+    schemes = {name: str(module.scheme) for name, module in packed_modules(model) if name in names}
     state = FinetuneState(adapter, schemes, sorted(kept))
     if adapter == "grid":
         state.rank, state.alpha = rank, float(rank if alpha is None else alpha)
@@ -91,6 +91,7 @@ def prepare_model_for_finetuning(
     else:
         train_scales_(model, names)
     quantizer.finetuning = state
+    keep_packed_from_ddp_(model)  # residuals are new
     return model
 
 

@@ -18,7 +18,7 @@ from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.nn.packed_module import PackedModule
 from hfquant.nn.select import packed_class
-from hfquant.nn.swap import packed_modules, swap_modules_
+from hfquant.nn.swap import keep_packed_from_ddp_, packed_modules, swap_modules_
 from hfquant.schemes import LayerScheme
 
 
@@ -81,6 +81,7 @@ def load_quantized(model: Model, save_directory: str | Path) -> Model:
     model.load_state_dict(tensors, assign=True)
     _tie(model, duplicates)
     model.hf_quantizer = HfQuantQuantizer(config, pre_quantized=True)
+    keep_packed_from_ddp_(model)
     return model
 
 

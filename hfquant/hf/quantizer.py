@@ -26,7 +26,7 @@ from hfquant.hf.roles import model_roles, tie_companions, untie_companions
 from hfquant.nn.packed_module import PackedModule, companion_name
 from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.select import ASKED, Selection, has_expert_weights, select_modules, unmatched_patterns
-from hfquant.nn.swap import packed_modules, restore_modules_, swap_modules_
+from hfquant.nn.swap import keep_packed_from_ddp_, packed_modules, restore_modules_, swap_modules_
 from hfquant.numerics.packing import PackedWeight
 from hfquant.numerics.residual import rounding_residual
 from hfquant.ptq.layer_result import LayerResult
@@ -217,6 +217,7 @@ class HfQuantQuantizer(HfQuantizer):
             return dequantize_in_place(model, model.dtype)
         self.quantization_config.freeze({n: str(s) for n, s in self.selection.schemes.items()}, version("hfquant"))
         self.pre_quantized = True
+        keep_packed_from_ddp_(model)
         return model
 
     def _restore_unfilled(self, model: PreTrainedModel) -> None:

@@ -54,6 +54,7 @@ class QuantTrainer(StagedCheckpoints):
     """
 
     args: TrainingConfig
+    current_gradient_accumulation_steps = 1  # which train() sets, and training_step reads
 
     def __init__(self, *args: Any, teacher_model: nn.Module | None = None, **kwargs: Any) -> None:
         given = inspect.signature(Trainer.__init__).bind(self, *args, **kwargs)

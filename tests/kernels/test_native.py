@@ -5,6 +5,7 @@ import multiprocessing
 import subprocess
 import sys
 import threading
+from itertools import product
 
 import pytest
 import torch
@@ -14,13 +15,15 @@ from hfquant.errors import KernelError
 from hfquant.kernels import native
 from hfquant.kernels.dequantize import dequantize_weight
 from hfquant.kernels.dispatch import choices
+from hfquant.kernels.grid_weight.reference import grid_weight_backward_reference, grid_weight_reference
 from hfquant.kernels.int8_linear.reference import quant_linear_reference
 from hfquant.kernels.quantize_rows import quantize_rows
 from hfquant.kernels.quantize_rows.reference import quantize_rows_reference
-from hfquant.numerics.affine import scale_to_bits
+from hfquant.numerics.affine import code_range, scale_to_bits
+from hfquant.numerics.packing import pack
 from tests.support.linear_case import DTYPES, KINDS, LinearCase
 from tests.support.packed import pack_
-from tests.support.tolerance import assert_close
+from tests.support.tolerance import GRADIENT_FACTOR, assert_close
 
 
 SETS = [name for name, usable in native.instruction_sets().items() if usable]
@@ -182,3 +185,35 @@ def test_the_environment_chooses() -> None:
             [sys.executable, "-c", program], env={"HFQUANT_KERNELS": choice}, capture_output=True, text=True, check=True
         )
         assert done.stdout.startswith(expected)
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_of_grid_adapters_are_those_of_the_reference(bits: int, isa: str) -> None:
+    low, high = code_range(bits)
+    for n, k, group in ((3, 64, 16), (5, 1100, 1100), (2, 1536, 512), (1, 40, 8), (4, 36, 12)):
+        for symmetric, kept, dtype in product((True, False), (True, False), (torch.float32, torch.bfloat16)):
+            codes = pack(torch.randint(low, high + 1, (n, k), dtype=torch.int8), bits=bits)
+            residual = pack(torch.randint(-7, 8, (n, k), dtype=torch.int8), bits=4) if kept else None
+            delta = torch.randn(n, k) * 2
+            delta[0, :8] = torch.tensor([0.5, -0.5, 1.5, 1e9, -1e9, torch.inf, 7.5, -8.5])  # ties, and clipped ones
+            delta[-1, -1] = torch.nan
+            scale = (torch.rand(n, k // group) + 0.5) * torch.tensor([-1.0, 1.0])[torch.randint(2, (n, k // group))]
+            zero = pack(torch.randint(low, high + 1, (n, k // group), dtype=torch.int8), bits=bits)
+            zero = None if symmetric else zero
+            arguments = codes, residual, delta, scale, zero, bits
+            expected = grid_weight_reference(*arguments, dtype)
+            grad = torch.randn(n, k)
+            expected_delta, expected_scale = grid_weight_backward_reference(grad, *arguments)
+            with native.selected(isa):
+                found = torch.ops.hfquant.grid_weight_cpu(*arguments, dtype)
+                assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+                assert torch.equal(found, torch.ops.hfquant.grid_weight(*arguments, dtype)) or bool(found.isnan().any())
+                found_delta, found_scale = torch.ops.hfquant.grid_weight_backward(grad, *arguments)
+            assert torch.equal(found_delta, expected_delta)
+            wide = torch.ops.hfquant.grid_weight_backward(
+                grad.double(), codes, residual, delta.double(), scale.double(), zero, bits
+            )[1]
+            assert bool(found_scale[-1, -1].isnan())
+            fine = ~found_scale.isnan()
+            assert_close(found_scale[fine], wide[fine], expected_scale[fine], factor=GRADIENT_FACTOR)

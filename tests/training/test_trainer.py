@@ -213,7 +213,7 @@ def test_misuse_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="made before the model was prepared"):
         made.train()
-    with pytest.raises(ConfigError, match="cannot fine-tune"):
+    with pytest.raises(ConfigError, match="not quantized by hfquant"):
         trainer(tmp_path, enable_quantized_finetuning=True)
 
 

@@ -40,6 +40,15 @@ struct Output {
   int64_t columns;    // N
 };
 
+// A weight with an adapter inside its rounding, in float32: codes are round(code + residual / 16 + delta).
+struct Grid {
+  Weight weight;            // without scales
+  const uint8_t* residual;  // [N, residual_bytes], four bits each, or null
+  int64_t residual_bytes;
+  const float* delta;  // [N, K], in steps
+  const float* scale;  // [N, groups]
+};
+
 struct Kernels {
   const char* name;
   int vector_bytes;  // of one register
@@ -64,6 +73,10 @@ struct Kernels {
   void (*pack_panel)(const Weight&, int64_t block, uint8_t* panel);
   // Float values of one row [K].
   void (*dequantize_row)(const Weight&, int64_t row, Float type, void* out);
+  // The same of a weight with an adapter.
+  void (*grid_row)(const Grid&, int64_t row, Float type, void* out);
+  // Gradients of delta [K] and of the scales [groups] of one row, from that of the float values.
+  void (*grid_gradients)(const Grid&, int64_t row, const float* grad, float* grad_delta, float* grad_scale);
 };
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hfquant.errors import KernelError
-from hfquant.kernels.dispatch import define_op, register_autograd, register_triton
+from hfquant.kernels import native
+from hfquant.kernels.dispatch import define_op, register_autograd, register_native, register_triton
 from hfquant.kernels.grid_weight.reference import grid_weight_backward_reference, grid_weight_reference
 from hfquant.numerics.packing import packed_length
 
@@ -20,6 +21,17 @@ def _refuses(
     if size % 8:
         return f"groups of {size} do not fill packed words"
     return None if delta.dtype in (torch.float32, torch.float16, torch.bfloat16) else f"delta is {delta.dtype}"
+
+
+def _is_native(codes: Tensor, residual: Tensor | None, delta: Tensor, scale: Tensor, *rest: Any) -> bool:
+    """Whether the native kernel takes these tensors, in float32."""
+    tensors = [tensor for tensor in (codes, residual, delta, scale, rest[0]) if tensor is not None]
+    return (
+        delta.dtype == scale.dtype == torch.float32
+        and (len(rest) < 3 or rest[2] in native.FLOATS)
+        and delta.numel() > 0
+        and all(tensor.is_contiguous() for tensor in tensors)
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -45,6 +57,11 @@ define_op(
     fake=lambda grad, codes, residual, delta, scale, *_: (delta.new_empty(delta.shape), scale.new_empty(scale.shape)),
 )
 register_autograd("grid_weight", _backward, _setup_context)
+register_native("grid_weight", _is_native)
+register_native(
+    "grid_weight_backward",
+    lambda grad, *arguments: grad.dtype == torch.float32 and grad.is_contiguous() and _is_native(*arguments),
+)
 register_triton("grid_weight", _refuses)
 register_triton("grid_weight_backward", lambda grad, *arguments: _refuses(*arguments))
 
