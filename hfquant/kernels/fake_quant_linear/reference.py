@@ -70,8 +70,7 @@ def fake_quant_linear_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, log_scale, lora_a, lora_b and input_log_scale; those nobody needs are empty."""
     grad_rows, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    empty = x.new_empty(0)
-    grad_x = grad_weight = grad_scale = grad_a = grad_b = grad_input_scale = empty
+    grad_x = grad_weight = grad_scale = grad_a = grad_b = grad_input_scale = x.new_empty(0)
     with torch.autocast(x.device.type, enabled=False):
         adapted = adapted_weight(weight, lora_a, lora_b, lora_factor) if needs_weight or blend < 1 else weight
         if needs_x:

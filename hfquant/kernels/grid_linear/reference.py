@@ -64,8 +64,7 @@ def grid_linear_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, log_scale, lora_a, lora_b and input_log_scale; those nobody needs are empty."""
     grad_rows, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    empty = x.new_empty(0)
-    grad_x = grad_scale = grad_a = grad_b = grad_input_scale = empty
+    grad_x = grad_scale = grad_a = grad_b = grad_input_scale = x.new_empty(0)
     with torch.autocast(x.device.type, enabled=False):
         scale, delta = scale_now(weight_scale, log_scale), lora_product(lora_a, lora_b, lora_factor)
         input_scale = input_scale_now(input_scale, input_log_scale)
