@@ -111,7 +111,8 @@ def grid_linear(
 
     The codes are ``clamp(round(codes + residual / 16 + lora_factor * lora_b @ lora_a / initial))``, the scales
     ``initial * exp(u)`` rounded to bfloat16: ``B @ A`` is a change of the weight in its own units, as in LoRA. (In
-    steps it would change sign with every group whose scale is negative, and be no low rank.) With the gradient ``G`` of the dense weight and ``m = 1`` where a code is not clipped, the gradient of ``B @ A`` is
+    steps it would change sign with every group whose scale is negative, and be no low rank.) With the gradient ``G``
+    of the dense weight and ``m = 1`` where a code is not clipped, the gradient of ``B @ A`` is
     ``lora_factor * m * s / initial * G``, straight through the rounding, and that of ``u`` is exact:
     ``s * sum(G * (codes - zero_point))`` over the group.
 
