@@ -52,7 +52,7 @@ class PackedLora(LoraLayer):
 
     @fan_in_fan_out.setter
     def fan_in_fan_out(self, value: bool) -> None:
-        """PEFT writes here what its config says; see above why that is not needed."""
+        """PEFT sets what the config says; it does not apply here."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Round the base weight plus the adapters' updates onto the grid, in place.
