@@ -8,7 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hfquant import ConfigError, HfQuantConfig, get_quantization_info, prepare_model_qat, quantize_model_ptq
+from hfquant import (
+    ConfigError,
+    HfQuantConfig,
+    export_model,
+    get_quantization_info,
+    prepare_model_qat,
+    quantize_model_ptq,
+)
 from hfquant.evaluation.compare import compare_models
 from hfquant.formats.headers import DTYPE_BYTES, read_header
 from hfquant.formats.resume import ResumeFolder
@@ -151,6 +158,14 @@ def test_layers_that_engines_fuse_stay_together_and_settled_ones_are_left_alone(
         assert len({modules[f"{layer}.mlp.{name}_proj"] for name in ("gate", "up")}) == 1
     assert modules["model.layers.0.mlp.down_proj"] == "int4-g16"
     assert modules["model.layers.1.mlp.down_proj"] == "int8-channel"
+
+
+def test_the_mixture_can_be_served(tmp_path: Path) -> None:
+    model = build("llama")
+    fields = {"target_bits": 5.2, "embedding_bits": 16, "calibration_data": data("llama")}
+    quantize_model_ptq(model, progress=False, **fields)
+    report = export_model(model, "compressed-tensors", tmp_path / "x", engine="vllm", progress=False)
+    assert len(set(report.schemes.values())) > 1
 
 
 def test_a_group_that_was_asked_for_is_the_only_one() -> None:
