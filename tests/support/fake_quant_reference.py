@@ -17,22 +17,24 @@ def simulate_activations_(model: PreTrainedModel, *, divisor: float) -> None:
 
 def _simulated(module: QuantLinear, divisor: float):
     def forward(x: Tensor) -> Tensor:
-        zero_point = None
         if not module.scheme.activation.symmetric:
-            scale, zero_point = _spanning(x)
-        elif module.scheme.activation.dynamic:
+            return torch.nn.functional.linear(_spanning(x), module.dequantize(), module.bias)
+        if module.scheme.activation.dynamic:
             scale = x.abs().amax(-1, keepdim=True) / divisor
             scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
         else:
             scale = scale_from_bits(module.input_scale)
-        rounded = dequantize(quantize(x, scale, zero_point, bits=8), scale, zero_point, dtype=x.dtype)
+        rounded = dequantize(quantize(x, scale, bits=8), scale, dtype=x.dtype)
         return torch.nn.functional.linear(rounded, module.dequantize(), module.bias)
 
     return forward
 
 
-def _spanning(x: Tensor) -> tuple[Tensor, Tensor]:
+def _spanning(x: Tensor) -> Tensor:
+    """Asymmetric INT8 of each token. Engines add the zero point before they round, hfquant after: near ties differ."""
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = (high - low) / 255
     scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
-    return scale, (-128 - low / scale).round().clamp(-128, 127).to(torch.int8)
+    zero_point = (-128 - low / scale).round().clamp(-128, 127)
+    codes = torch.round(x / scale + zero_point).clamp(-128, 127)
+    return (codes - zero_point) * scale
