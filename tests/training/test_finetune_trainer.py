@@ -76,11 +76,12 @@ def test_a_training_step_works_and_accumulates_and_checkpoints_activations(tmp_p
     assert float(loss) > 0
     assert any(p.grad is not None for p in made.model.parameters())
     losses = []
-    for options in ({}, {CHECKPOINTING: True}):
+    reentrant = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}
+    for options in ({}, {CHECKPOINTING: True}, reentrant):
         made = trainer(tmp_path, gradient_accumulation_steps=2, **options)
         made.train()
         losses.append([entry["loss"] for entry in made.state.log_history if "loss" in entry])
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_scales_have_their_own_learning_rate_and_adapters_that_of_the_config(tmp_path: Path) -> None:
@@ -242,6 +243,18 @@ def test_the_trainer_of_transformers_trains_and_resumes_exactly(adapter: str, tm
     assert digests(tmp_path / "half" / "checkpoint-4") == digests(tmp_path / "whole" / "checkpoint-4")
 
 
+def test_the_trainer_of_transformers_loads_the_best_model(tmp_path: Path) -> None:
+    """It loads the packed state into the layers in training, which start again from there."""
+    model = packed_model("llama-tied")
+    prepare_model_for_finetuning(model, rank=4, progress=False)
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.5}
+    args = config(tmp_path, max_steps=4, **SAVES | best)
+    made = Trainer(model=model, args=args, train_dataset=examples(), eval_dataset=examples(4))
+    made.train()
+    reloaded = type(model).from_pretrained(made.state.best_model_checkpoint)
+    assert torch.equal(output(model.eval(), "llama-tied"), output(reloaded, "llama-tied"))
+
+
 def test_misuse_is_refused(tmp_path: Path) -> None:
     prepared = packed_model("llama-tied")
     prepare_model_for_finetuning(prepared, "scales", progress=False)
@@ -254,6 +267,8 @@ def test_misuse_is_refused(tmp_path: Path) -> None:
         QuantTrainer(model_init=lambda: packed_model("llama-tied"), args=config(tmp_path, **FINETUNE))
     with pytest.raises(ConfigError, match="cannot be dropped"):
         config(tmp_path, **FINETUNE | {"adapter_dropout": 0.1})
+    with pytest.raises(ConfigError, match="no Transformers model"):
+        QuantTrainer(model=torch.nn.Linear(4, 4), args=config(tmp_path, **FINETUNE), train_dataset=examples())
     with pytest.raises(ValueError, match="purely quantized"):
         Trainer(model=packed_model("llama-tied"), args=config(tmp_path), train_dataset=examples())
     diverged = trainer(tmp_path)

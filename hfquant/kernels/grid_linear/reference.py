@@ -79,7 +79,6 @@ def grid_linear_backward_reference(
             wide = torch.promote_types(x.dtype, log_scale.dtype)
             grad_weight = (grad_rows.t() @ inputs).to(torch.promote_types(wide, torch.float32))
             grad_delta, grad_scale = _weight_gradients(grad_weight, *packed)
-            grad_scale = grad_scale * scale
             if lora_a is not None and lora_b is not None:
                 in_units_(grad_delta, weight_scale)
                 grad_a = (lora_b.t().to(grad_delta.dtype) @ grad_delta).mul_(lora_factor)
@@ -151,15 +150,15 @@ def _weight_gradients(
     zero_point: Tensor | None,
     bits: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the product inside the rounding (empty if there is none) and of the scale."""
+    """Gradients of the product inside the rounding (empty if there is none) and of ``log_scale``."""
     if delta is not None:
-        found: tuple[Tensor, Tensor] = torch.ops.hfquant.grid_weight_backward(
+        grad_delta, grad_scale = torch.ops.hfquant.grid_weight_backward(
             grad, weight, residual, delta, scale.to(grad.dtype), zero_point, bits
         )
-        return found
+        return grad_delta, grad_scale * scale
     ones = torch.ones_like(scale, dtype=grad.dtype)
     steps = row_values(
         unpack(weight, bits=bits, length=grad.shape[-1]), ones, unpacked_zero(zero_point, scale, bits), dtype=grad.dtype
     )
     groups = grad.shape[-1] // scale.shape[-1]
-    return grad.new_empty(0), torch.linalg.vecdot(split_groups(grad, groups), split_groups(steps, groups))
+    return grad.new_empty(0), torch.linalg.vecdot(split_groups(grad, groups), split_groups(steps, groups)) * scale
