@@ -1,6 +1,8 @@
 """The adapter ``"grid"``: a low-rank change inside the rounding, codes and scales move, merging changes no code.
 
-    weight = scale * (clamp(round(code + residual / 16 + alpha / rank * B @ A)) - zero_point)
+    weight = scale * (clamp(round(code + residual / 16 + alpha / rank * B @ A / initial_scale)) - zero_point)
+
+``B @ A`` is a change of the weight in its own units, so that ranks, alphas and learning rates are those of LoRA.
 
 The residual says where a weight lies between two codes. Without one nothing would change before the adapter moves a
 weight by half a step, so that where PTQ did not keep it, seeded dither stands for it: the codes are the same at first,

@@ -5,12 +5,12 @@ training started from. Beside ``weight [..., N, W]`` stand
 
     weight_log_scale   [..., N, K // G]  float32  u: the scale is ``weight_scale * exp(u)``, rounded to bfloat16
     weight_residual    [..., N, W4]      int32    what rounding took from each weight, adapters inside the rounding only
-    weight_lora_A      [..., R, K]       float32  the adapter inside the rounding, in steps
+    weight_lora_A      [..., R, K]       float32  the adapter inside the rounding
     weight_lora_B      [..., N, R]       float32
     input_log_scale    [1]               float32  u of the static activation scale, static schemes only
 
-The codes of the current state are ``clamp(round(code + residual / 16 + alpha / rank * B @ A))``. Every state is one of
-a packed model; ``packed`` gives it, and all that asks a packed module for its weight gets that.
+The codes of the current state are ``clamp(round(code + residual / 16 + alpha / rank * B @ A / weight_scale))``. Every
+state is one of a packed model; ``packed`` gives it, and all that asks a packed module for its weight gets that.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hfquant.kernels.grid_linear import GridAdapter
-from hfquant.kernels.grid_linear.reference import codes_now, lora_product, scale_now
+from hfquant.kernels.grid_linear.reference import codes_now, lora_steps, scale_now
 from hfquant.nn.fake_quant_module import Adapter
 from hfquant.nn.packed_module import PackedModule, companion_name, keeping_precision
 from hfquant.numerics.affine import scale_to_bits
@@ -63,14 +63,13 @@ class AdaptedModule(PackedModule):
             name: Of the float parameter.
             adapter: Its rank, and how much it counts.
             residual: Packed residual ``[..., N, W4]`` (int32); ``None`` takes the one that PTQ kept.
-            generator: Draws ``A``, evenly from -1 to 1 steps of INT4 and 16 times that for INT8: it counts in steps, so
-                it needs no ``1 / sqrt(K)``.
+            generator: Draws ``A``, evenly from ``-1 / sqrt(K)`` to ``1 / sqrt(K)``, as PEFT does.
         """
         if residual is not None:
             self.set_residual(residual.to(self._stored(name, "scale").device), name)
         *experts, rows, columns = self.float_weights[name].shape
         a = torch.empty(*experts, adapter.rank, columns).uniform_(-1, 1, generator=generator)
-        self._add(name, "lora_A", a.mul_(1 << (self.scheme.weight.bits - 4)))
+        self._add(name, "lora_A", a.mul_(columns**-0.5))
         self._add(name, "lora_B", torch.zeros(*experts, rows, adapter.rank))
         self.lora_factor = adapter.alpha / adapter.rank
 
@@ -119,7 +118,8 @@ class AdaptedModule(PackedModule):
         return self._round_matrix(adapter, length)
 
     def _round_matrix(self, adapter: GridAdapter, length: int) -> tuple[Tensor, Tensor | None]:
-        bits, delta = self.scheme.weight.bits, lora_product(adapter.lora_a, adapter.lora_b, self.lora_factor)
+        bits = self.scheme.weight.bits
+        delta = lora_steps(adapter.lora_a, adapter.lora_b, self.lora_factor, adapter.weight_scale)
         codes = codes_now(adapter.weight, adapter.residual, delta, bits=bits, length=length)
         if delta is None or not self.scheme.residual:
             return codes, None

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from hfquant.errors import KernelError
 from hfquant.kernels.grid_linear import GridAdapter, grid_linear
-from hfquant.kernels.grid_linear.reference import codes_now, lora_product, scale_now
+from hfquant.kernels.grid_linear.reference import codes_now, lora_steps, scale_now
 from hfquant.kernels.grid_weight import grid_weight
 from hfquant.nn.quant_linear import LINEAR_OPS
-from hfquant.numerics.affine import code_range, scale_to_bits
+from hfquant.numerics.affine import code_range, scale_from_bits, scale_to_bits
 from hfquant.numerics.packing import pack, unpack
 from tests.support.tolerance import GRADIENT_FACTOR, assert_close
 
@@ -39,7 +39,8 @@ class Case:
         low, high = code_range(self.bits)
         make = torch.randint
         self.codes = pack(make(low, high + 1, (N, K), dtype=torch.int8), bits=self.bits)
-        self.scale = scale_to_bits(torch.rand(N, K // GROUP) / 8 + 0.01)
+        sign = torch.tensor([-1.0, 1.0])[torch.randint(2, (N, K // GROUP))]
+        self.scale = scale_to_bits((torch.rand(N, K // GROUP) / 8 + 0.1) * sign)
         self.zero = (
             None if self.symmetric else pack(make(low, high + 1, (N, K // GROUP), dtype=torch.int8), bits=self.bits)
         )
@@ -50,7 +51,7 @@ class Case:
             "bias": torch.randn(N, dtype=self.dtype),
         }
         if self.lora:
-            self.trains |= {"a": torch.randn(R, K, dtype=wide), "b": torch.randn(N, R, dtype=wide)}
+            self.trains |= {"a": torch.randn(R, K, dtype=wide) / 4, "b": torch.randn(N, R, dtype=wide)}
         self.trains["x"] = torch.randn(5, K, dtype=self.dtype)
         self.input_scale = scale_to_bits(torch.tensor([0.01])) if self.kind == "static" else None
         if self.kind == "static":
@@ -75,7 +76,8 @@ class Case:
         scale = learned(self.current_scale(), given["log_scale"])
         steps = unpack(self.codes, bits=self.bits, length=K).to(dtype)
         if self.lora:
-            steps = steps + FACTOR * given["b"] @ given["a"]
+            initial = scale_from_bits(self.scale).repeat_interleave(GROUP, 1)
+            steps = steps + FACTOR * given["b"] @ given["a"] / initial
             if self.kept is not None:
                 steps = steps + unpack(self.kept, bits=4, length=K).to(dtype) / 16
         # the rounded steps are the op's own, so that a tie cannot fall to the other side in another dtype
@@ -106,7 +108,7 @@ class Case:
             return steps
         if self.kept is not None:
             steps = steps + unpack(self.kept, bits=4, length=K) / 16
-        return (steps + lora_product(self.trains["a"], self.trains["b"], FACTOR)).round()
+        return (steps + lora_steps(self.trains["a"], self.trains["b"], FACTOR, self.scale)).round()
 
 
 def learned(scale: Tensor, log_scale: Tensor) -> Tensor:
@@ -127,7 +129,7 @@ CASES = [Case(b, k, symmetric=s, lora=l) for b, k, s, l in product([4, 8], KINDS
 def test_values_are_those_of_the_merged_weight(case: Case, dtype: torch.dtype) -> None:
     case = Case(case.bits, case.kind, case.symmetric, case.lora, dtype=dtype)
     out = case.run(case.trains)
-    delta = lora_product(case.trains.get("a"), case.trains.get("b"), FACTOR)
+    delta = lora_steps(case.trains.get("a"), case.trains.get("b"), FACTOR, case.scale)
     codes = codes_now(case.codes, case.kept, delta, bits=case.bits, length=K)
     assert torch.equal(codes, case.steps().clamp(*code_range(case.bits)).to(torch.int8))
     merged = pack(codes, bits=case.bits), scale_to_bits(case.current_scale()), case.zero

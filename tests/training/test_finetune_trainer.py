@@ -106,13 +106,22 @@ made = trainer(folder, **fields)
 made.train(resume_from_checkpoint=True if resume else None)
 """
 
-FILES = ("model.safetensors", TRAINING_STATE, "optimizer.pt", "scheduler.pt", "rng_state.pth")
+FILES = (
+    "model.safetensors",
+    "adapter_model.safetensors",
+    TRAINING_STATE,
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+)
 
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of what a checkpoint holds; of tensors, not of headers, whose order differs."""
     found = {}
     for name in FILES:
+        if not (folder / name).is_file():
+            continue
         if name.endswith(".safetensors"):
             for key, tensor in load_file(folder / name).items():
                 found[f"{name} {key}"] = hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -21,7 +21,7 @@ class GridAdapter(NamedTuple):
         weight_zero_point: Packed zero points ``[..., N, ceil(K // G * bits / 32)]``, int32, or ``None``.
         log_scale: ``u`` of the learned scales ``initial * exp(u)`` ``[..., N, K // G]``, float32.
         residual: What rounding took from each weight, in sixteenths of a step, packed with 4 bits, or ``None``.
-        lora_a: Adapter inside the rounding ``[..., R, K]``, in steps, or ``None``: the codes stay.
+        lora_a: Adapter inside the rounding ``[..., R, K]``, or ``None``: the codes stay.
         lora_b: ``[..., N, R]``, or ``None``.
     """
 
@@ -109,10 +109,12 @@ def grid_linear(
 ) -> Tensor:
     """What ``int4_linear`` or ``int8_linear`` computes on the merged weight, bit for bit, with gradients.
 
-    The codes are ``clamp(round(codes + residual / 16 + lora_factor * lora_b @ lora_a))``, the scales
-    ``initial * exp(u)`` rounded to bfloat16. With the gradient ``G`` of the dense weight and ``m = 1`` where a code is
-    not clipped, the gradient of the product in the rounding is ``m * s * G``, straight through the rounding, and that
-    of ``u`` is exact: ``s * sum(G * (codes - zero_point))`` over the group.
+    The codes are ``clamp(round(codes + residual / 16 + lora_factor * lora_b @ lora_a / initial))``, the scales
+    ``initial * exp(u)`` rounded to bfloat16: ``B @ A`` is a change of the weight in its own units, as in LoRA. (In
+    steps it would change sign with every group whose scale is negative, and be no low rank.) With the gradient ``G``
+    of the dense weight and ``m = 1`` where a code is not clipped, the gradient of ``B @ A`` is
+    ``lora_factor * m * s / initial * G``, straight through the rounding, and that of ``u`` is exact:
+    ``s * sum(G * (codes - zero_point))`` over the group.
 
     Args:
         x: Activations ``[..., K]``.

@@ -33,7 +33,7 @@ def grid_linear_reference(
     with torch.autocast(x.device.type, enabled=False):
         scale = scale_now(weight_scale, log_scale)
         input_scale = input_scale_now(input_scale, input_log_scale)
-        delta = lora_product(lora_a, lora_b, lora_factor)
+        delta = lora_steps(lora_a, lora_b, lora_factor, weight_scale)
         if delta is not None and not dynamic and input_scale is None:
             values = torch.ops.hfquant.grid_weight(weight, residual, delta, scale, zero_point, bits, x.dtype)
             return linear(x, values, bias)
@@ -64,7 +64,7 @@ def grid_linear_backward_reference(
     empty = x.new_empty(0)
     grad_x = grad_scale = grad_a = grad_b = grad_input_scale = empty
     with torch.autocast(x.device.type, enabled=False):
-        scale, delta = scale_now(weight_scale, log_scale), lora_product(lora_a, lora_b, lora_factor)
+        scale, delta = scale_now(weight_scale, log_scale), lora_steps(lora_a, lora_b, lora_factor, weight_scale)
         input_scale = input_scale_now(input_scale, input_log_scale)
         packed = weight, residual, delta, scale, zero_point, bits
         if needs_x:
@@ -79,6 +79,7 @@ def grid_linear_backward_reference(
             grad_delta, grad_scale = _weight_gradients(grad_weight, *packed)
             grad_scale = grad_scale * scale
             if lora_a is not None and lora_b is not None:
+                in_units_(grad_delta, weight_scale)
                 grad_a = (lora_b.t().to(grad_delta.dtype) @ grad_delta).mul_(lora_factor)
                 grad_b = (grad_delta @ lora_a.t().to(grad_delta.dtype)).mul_(lora_factor)
     return grad_x, grad_scale, grad_a, grad_b, grad_input_scale
@@ -96,9 +97,16 @@ def input_scale_now(input_scale: Tensor | None, input_log_scale: Tensor | None) 
     return scale_now(input_scale, input_log_scale)
 
 
-def lora_product(lora_a: Tensor | None, lora_b: Tensor | None, factor: float) -> Tensor | None:
-    """``factor * lora_b @ lora_a``: what the adapter adds inside the rounding, in steps."""
-    return None if lora_a is None or lora_b is None else (lora_b @ lora_a).mul_(factor)
+def lora_steps(lora_a: Tensor | None, lora_b: Tensor | None, factor: float, weight_scale: Tensor) -> Tensor | None:
+    """``factor * lora_b @ lora_a / initial_scale``: what the adapter adds inside the rounding, in steps ``[N, K]``."""
+    return None if lora_a is None or lora_b is None else in_units_((lora_b * factor) @ lora_a, weight_scale)
+
+
+def in_units_(values: Tensor, weight_scale: Tensor) -> Tensor:
+    """``values [N, K]`` in units of the initial scale of each group, in place."""
+    groups = values.view(*weight_scale.shape, values.shape[-1] // weight_scale.shape[-1])
+    groups.div_(scale_from_bits(weight_scale).unsqueeze(-1))
+    return values
 
 
 def codes_now(weight: Tensor, residual: Tensor | None, delta: Tensor | None, *, bits: int, length: int) -> Tensor:
