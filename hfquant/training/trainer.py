@@ -76,6 +76,8 @@ class QuantTrainer(StagedCheckpoints):
         if self._mode == "finetune" and self.args.adapter != "side":
             self._freeze_scales()
             self.callback_handler.callbacks.insert(0, SavingFinetuneCallback())
+            if self.args.gradient_checkpointing and isinstance(self.model, PreTrainedModel):
+                self.model.enable_input_require_grads()  # reentrant checkpoints need it: the embeddings are frozen
 
     def _prepare(self) -> None:
         args, model = self.args, self.model

@@ -309,3 +309,21 @@ def test_casting_keeps_the_precision_of_what_trains() -> None:
     merge_adapters(model)
     assert torch.equal(output(model, "llama"), before)
     assert model.dtype == torch.bfloat16
+
+
+def test_a_compiled_model_trains_on_the_same_codes() -> None:
+    losses, codes = [], []
+    for compiled in (False, True):
+        model = packed_model("llama").train()
+        prepare_model_for_finetuning(model, rank=4, progress=False)
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        for _ in range(2):
+            loss = run(input_ids=torch.arange(3, 19).unsqueeze(0)).logits.square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())
+        codes.append(codes_of(model))
+    assert torch.equal(*losses)
+    assert all(torch.equal(found, codes[1][name]) for name, found in codes[0].items())

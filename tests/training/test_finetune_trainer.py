@@ -76,11 +76,12 @@ def test_a_training_step_works_and_accumulates_and_checkpoints_activations(tmp_p
     assert float(loss) > 0
     assert any(p.grad is not None for p in made.model.parameters())
     losses = []
-    for options in ({}, {CHECKPOINTING: True}):
+    reentrant = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}
+    for options in ({}, {CHECKPOINTING: True}, reentrant):
         made = trainer(tmp_path, gradient_accumulation_steps=2, **options)
         made.train()
         losses.append([entry["loss"] for entry in made.state.log_history if "loss" in entry])
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_scales_have_their_own_learning_rate_and_adapters_that_of_the_config(tmp_path: Path) -> None:
