@@ -58,8 +58,6 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "examples")]
 
 SCHEME = {"quantization_bits": 4, "quantization_type": "weight_only", "group_size": 64, "embedding_bits": 16}
 RANK = 16
-GRID_ALPHA = 16 * RANK
-"""Inside the rounding the unit is a step, some hundredths of what a LoRA beside the weight counts in."""
 
 ARMS = ("head", "lora", "lora-signround", "nf4", "side", "scales", "grid")
 RATES = {
@@ -94,8 +92,7 @@ def prepared(model: nn.Module, arm: str, seed: int) -> nn.Module:
         return add_side_adapter(model, rank=RANK)
     from hfquant import prepare_model_for_finetuning
 
-    alpha = GRID_ALPHA if arm == "grid" else None
-    return prepare_model_for_finetuning(model, adapter=arm, rank=RANK, alpha=alpha, progress=False)
+    return prepare_model_for_finetuning(model, adapter=arm, rank=RANK, progress=False)
 
 
 def is_adapted(name: str, module: nn.Module) -> bool:

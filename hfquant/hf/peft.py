@@ -173,8 +173,8 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any], *, static: bool = 
 def _wrap_tuners(module: ModuleType) -> None:
     _wrap(module.BaseTuner, "inject_adapter", _inject_adapter)
     _wrap(module.BaseTuner, "_check_merge_allowed", _check_merge_allowed)
-    for name in ("merge_adapter", "_unload_and_optionally_merge"):
-        _wrap(module.BaseTuner, name, _reporting)
+    _wrap(module.BaseTuner, "merge_adapter", _reporting)
+    _wrap(module.BaseTuner, "_unload_and_optionally_merge", _unload)
 
 
 def _wrap_lora(module: ModuleType) -> None:
@@ -222,6 +222,20 @@ def _reporting(original: Callable[..., Any], tuner: Any, *args: Any, **kwargs: A
         report: MergeReport = merge_report(records)
         tuner.model.merge_report = report
         logger.warning(f"hfquant: {report}")
+    return result
+
+
+def _unload(original: Callable[..., Any], tuner: Any, *args: Any, **kwargs: Any) -> Any:
+    layers = [layer for _, layer in _lora_layers(tuner.model)]
+    result = _reporting(original, tuner, *args, **kwargs)
+    bases = [layer.get_base_layer() for layer in layers if layer.merge_record is not None]
+    for base in bases:
+        base.sqnr_db.clear()  # of codes that are others now
+    quantizer = getattr(tuner.model, "hf_quantizer", None)
+    if bases and quantizer is not None:
+        report, scales = tuner.model.merge_report, sum(base.packed().weight_scale.numel() for base in bases)
+        counts = {"codes": report.weights, "codes_moved": report.codes_changed, "scales": scales, "scales_moved": 0}
+        quantizer.quantization_config.finetuning = {"adapter": "side", "residual": None} | counts
     return result
 
 

@@ -125,6 +125,9 @@ def test_merging_rounds_onto_the_grid_and_unmerging_is_exact(scheme: str, use_do
     assert torch.equal(output(loaded, "llama"), merged)
     assert same(codes(loaded), codes(shipped))
     assert get_quantization_info(shipped).bytes_after == size
+    moved = get_quantization_info(loaded).finetuning
+    assert (moved.adapter, moved.codes_moved, moved.scales_moved) == ("side", report.codes_changed, 0)
+    assert 0 < moved.codes_moved < moved.codes == report.weights
 
 
 def test_merged_codes_are_those_of_the_dense_sum() -> None:
@@ -359,7 +362,11 @@ def test_a_module_without_transformers_takes_adapters() -> None:
 
 
 def test_get_peft_model_names_what_trains() -> None:
+    bare = get_quantization_info(quantized())
     model = get_peft_model(quantized(), LoraConfig(r=4, target_modules=["q_proj"]))
+    info = get_quantization_info(model)
+    assert [q.shape for q in info.quantized] == [q.shape for q in bare.quantized]
+    assert sum("lora_" in kept.name for kept in info.kept) == 4
     trains = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trains) == 4
     assert all("lora_" in name for name in trains)
