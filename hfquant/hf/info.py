@@ -75,7 +75,7 @@ class FinetuningInfo:
     """What fine-tuning changed, and what it takes while it goes on.
 
     Attributes:
-        adapter: ``"grid"`` or ``"scales"``.
+        adapter: ``"grid"``, ``"scales"``, or ``"side"`` after it was merged.
         residual: Where ``"grid"`` has rounding residuals from: ``"ptq"``, ``"dither"`` or ``"mixed"``; else ``None``.
         codes: Codes of the adapted layers.
         codes_moved: Of those, how many differ from what training started from.

@@ -21,6 +21,7 @@ from hfquant.formats.native import SAVE_ID_KEY, content_metadata
 from hfquant.hf.bitsandbytes import BACKEND, bitsandbytes_quantizer
 from hfquant.hf.checkpoint import check_checkpoint, read_modules
 from hfquant.hf.config import QUANT_METHOD, HfQuantConfig
+from hfquant.hf.peft import install
 from hfquant.hf.roles import model_roles, tie_companions, untie_companions
 from hfquant.nn.packed_module import PackedModule, companion_name
 from hfquant.nn.quant_embedding import QuantEmbedding
@@ -338,3 +339,4 @@ if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
 if HfQuantConfig not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
     # Without this a config passed for a quantized checkpoint (dequantize=True) is ignored.
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (HfQuantConfig,)
+install()

@@ -187,6 +187,11 @@ class PackedModule(nn.Module):
         assert scale is not None
         return PackedWeight(weight, scale, get(companion_name(name, "zero_point")))
 
+    @property
+    def W_q(self) -> Tensor:
+        """The codes, by the name that tells PEFT's DoRA to call ``dequantize()`` instead of reading ``weight``."""
+        return self.packed().weight
+
     def packed_parameters(self, name: str = "weight") -> list[tuple[str, Tensor]]:
         """Names and tensors of ``packed(name)``, without those that the scheme does not have."""
         suffixed = zip(("", "scale", "zero_point"), self.packed(name), strict=True)
