@@ -14,6 +14,7 @@ from hfquant.finetune.merge import merge_modules_
 from hfquant.finetune.scales import train_scales_
 from hfquant.hf.bitsandbytes import is_bitsandbytes
 from hfquant.hf.config import check_choice, check_integer
+from hfquant.hf.peft import add_side_adapter
 from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.hf.roles import model_roles
 from hfquant.nn.fake_quant_module import Adapter
@@ -70,9 +71,13 @@ def prepare_model_for_finetuning(
     """
     _check_arguments(adapter, rank, dropout, seed)
     if adapter == "side":
-        from hfquant.hf.peft import add_side_adapter  # type: ignore[import-not-found, unused-ignore]
-
-        return add_side_adapter(model, rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules)
+        names = None if target_modules is None else list(target_modules)
+        if names is not None and not is_bitsandbytes(model):
+            names = _targets(model, names)
+        whole = None if modules_to_save is None else list(modules_to_save)
+        return add_side_adapter(
+            model, rank=rank, alpha=alpha, dropout=dropout, target_modules=names, modules_to_save=whole
+        )
     quantizer = _quantizer(model, adapter)
     names = _targets(model, target_modules)
     kept = list(_float_parameters(model, modules_to_save))
