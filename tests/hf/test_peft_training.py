@@ -10,11 +10,18 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, Trainer, TrainingArguments
 
-from hfquant import ConfigError, QuantTrainer, get_quantization_info, merge_adapters, quantize_model_ptq
+from hfquant import (
+    ConfigError,
+    QuantTrainer,
+    get_quantization_info,
+    merge_adapters,
+    prepare_model_qat,
+    quantize_model_ptq,
+)
 from hfquant.hf.peft import add_side_adapter
 from tests.support.adapters import adapter_state, codes, lora, quantized, same
 from tests.support.processes import run_python
-from tests.support.tiny_models import TEXT, output, text_inputs
+from tests.support.tiny_models import TEXT, build, output, text_inputs
 from tests.support.tolerance import SAME_VALUES
 from tests.support.training import CHECKPOINTING, config as training_config, examples, tiny_tokenizer
 
@@ -243,3 +250,21 @@ def test_trl_trains_an_adapter_it_made_itself(tmp_path: Path) -> None:
     assert torch.equal(output(loaded, "llama"), output(trainer.model.eval(), "llama"))
     merged = trainer.model.merge_and_unload()
     assert merged.merge_report.layers == 14
+
+
+def test_trl_sees_the_codes_of_a_head_in_quantization_aware_training() -> None:
+    pytest.importorskip("trl")
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = prepare_model_qat(build("llama-tied"), quantization_bits=4, quantization_type="weight_only", progress=False)
+    add_fused_lm_head(model)
+    batch = {"input_ids": text_inputs()["input_ids"], "labels": text_inputs()["input_ids"]}
+    tiles, plain = model(**batch, fused_lm_head=True).loss, model(**batch).loss
+    torch.testing.assert_close(tiles, plain, **SAME_VALUES)
+    with torch.no_grad():
+        hidden = model.model(batch["input_ids"]).last_hidden_state
+        logits = hidden[:, :-1] @ model.lm_head.weight.t()
+        unrounded = torch.nn.functional.cross_entropy(logits[0], batch["labels"][0, 1:])
+    assert abs(float(unrounded - plain.detach())) > 1e-4
+    tiles.backward()
+    assert bool(model.lm_head.weight.grad.any())
