@@ -78,4 +78,5 @@ def shown_weight(head: Any) -> Tensor:
         return weight
     packed, bits = head.packed(), head.scheme.weight.bits
     values = dequantize_weight(*packed, bits=bits, in_features=head.in_features, dtype=weight.dtype)
-    return weight + head.blend * (values - weight).detach()
+    blended: Tensor = weight + head.blend * (values - weight).detach()
+    return blended
