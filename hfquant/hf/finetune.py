@@ -156,6 +156,8 @@ def _quantizer(model: nn.Module, adapter: str) -> HfQuantQuantizer:
         raise ConfigError(
             f"adapter={adapter!r} trains hfquant's packed layers; with backend='bitsandbytes' use adapter='side'"
         )
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(f"the model has a PEFT adapter; merge or unload it before adapter={adapter!r}")
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, HfQuantQuantizer) or next(packed_modules(model), None) is None:
         raise ConfigError(

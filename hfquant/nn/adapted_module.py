@@ -161,6 +161,24 @@ class AdaptedModule(PackedModule):
             self.__dict__.pop(attribute, None)
         self.__class__ = packed_class  # type: ignore[assignment]
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        """As ``nn.Module``; from the state of a packed module training starts again, at its codes and scales."""
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        packed = [name for name in self.float_weights if prefix + name in state_dict]
+        for name in packed:
+            if prefix + companion_name(name, "log_scale") in state_dict:
+                continue
+            for suffix in (*TRAINED_SUFFIXES, "residual"):
+                key = prefix + companion_name(name, suffix)
+                if key in missing:
+                    missing.remove(key)
+            for suffix in ("log_scale", "lora_B", "input_log_scale"):
+                parameter = self._parameters.get(companion_name(name, suffix))
+                if parameter is not None:
+                    parameter.data.zero_()
+
     def activation_arguments(self, x: Tensor, name: str = "weight") -> dict[str, Any]:
         """As ``PackedModule.activation_arguments``; static scales train."""
         arguments = super().activation_arguments(x, name)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hfquant.errors import ConfigError
 from hfquant.hf.finetune import finetune_state, prepare_model_for_finetuning
@@ -10,7 +11,7 @@ from hfquant.hf.qat import qat_state
 from hfquant.training.config import TrainingConfig
 
 
-def ready_to_finetune(model: nn.Module | None, args: TrainingConfig) -> nn.Module:
+def ready_to_finetune(model: nn.Module | None, args: TrainingConfig) -> Any:
     """``model`` with the adapter that ``args`` asks for; one that is prepared already stays as it is.
 
     Raises:
@@ -18,13 +19,18 @@ def ready_to_finetune(model: nn.Module | None, args: TrainingConfig) -> nn.Modul
     """
     if model is None:
         raise ConfigError("enable_quantized_finetuning=True needs model=..., not model_init=...")
+    if not isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
+        raise ConfigError(
+            f"{type(model).__name__} is no Transformers model, whose checkpoints QuantTrainer writes; call "
+            "prepare_model_for_finetuning(model, ...), train it in a loop of yours, and save_quantized(model, ...)"
+        )
     state = finetune_state(model)
     found = "side" if hasattr(model, "peft_config") else None if state is None else state.adapter
     if found is not None:
         if found != args.adapter:
             raise ConfigError(f"adapter={args.adapter!r}, but the model was prepared with adapter={found!r}")
         return model
-    prepared: nn.Module = prepare_model_for_finetuning(
+    return prepare_model_for_finetuning(
         model,
         args.adapter,
         rank=args.adapter_rank,
@@ -35,7 +41,6 @@ def ready_to_finetune(model: nn.Module | None, args: TrainingConfig) -> nn.Modul
         seed=args.seed,
         progress=not args.disable_tqdm,
     )
-    return prepared
 
 
 def training_record(model: nn.Module, args: Any) -> dict[str, Any] | None:
