@@ -1,6 +1,6 @@
 """``prepare_model_for_finetuning`` and ``merge_adapters``: quantized models to fine-tuning and back, in place."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from hfquant.finetune.merge import merge_modules_
 from hfquant.finetune.scales import train_scales_
 from hfquant.hf.bitsandbytes import is_bitsandbytes
 from hfquant.hf.config import check_choice, check_integer
+from hfquant.hf.peft import add_side_adapter, merge_side_adapter
 from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.hf.roles import model_roles
 from hfquant.nn.fake_quant_module import Adapter
@@ -70,9 +71,13 @@ def prepare_model_for_finetuning(
     """
     _check_arguments(adapter, rank, dropout, seed)
     if adapter == "side":
-        from hfquant.hf.peft import add_side_adapter  # type: ignore[import-not-found, unused-ignore]
-
-        return add_side_adapter(model, rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules)
+        names = None if target_modules is None else list(target_modules)
+        if names is not None and not is_bitsandbytes(model):
+            names = _targets(model, names)
+        whole = None if modules_to_save is None else list(modules_to_save)
+        return add_side_adapter(
+            model, rank=rank, alpha=alpha, dropout=dropout, target_modules=names, modules_to_save=whole
+        )
     quantizer = _quantizer(model, adapter)
     names = _targets(model, target_modules)
     kept = list(_float_parameters(model, modules_to_save))
@@ -102,11 +107,15 @@ _RESIDUALS = {
 }
 
 
-def merge_adapters(model: Model) -> Any:
+def merge_adapters(model: Model, *, data: Iterable[Any] | None = None) -> Any:
     """Turn a model in fine-tuning into the quantized model it computes as, in place: no code changes.
 
     Afterwards it is a quantized model like any other: it saves, reloads, pushes, exports and dequantizes alike. A
-    ``PeftModel`` is merged as ``merge_and_unload`` does, which rounds.
+    ``PeftModel`` is merged as ``merge_and_unload`` does, which rounds; ``merge_report`` says what that cost.
+
+    Args:
+        model: In fine-tuning.
+        data: For a ``PeftModel``: batches with labels, on which the report has the loss before and after.
 
     Returns:
         ``model``; for a ``PeftModel`` the quantized model inside.
@@ -116,7 +125,7 @@ def merge_adapters(model: Model) -> Any:
         SchemeError: If training diverged.
     """
     if hasattr(model, "merge_and_unload"):
-        return model.merge_and_unload()  # type: ignore[operator]
+        return merge_side_adapter(model, data)
     state = finetune_state(model)
     if state is None:
         raise ConfigError("the model is not in fine-tuning: call prepare_model_for_finetuning first")

@@ -53,6 +53,7 @@ def add_side_adapter(
     alpha: float | None = None,
     dropout: float = 0.0,
     target_modules: str | Sequence[str] | None = None,
+    modules_to_save: Sequence[str] | None = None,
 ) -> Any:
     """Put a LoRA adapter beside the quantized linear layers of ``model``: QLoRA's semantics, on hfquant's codes.
 
@@ -62,6 +63,7 @@ def add_side_adapter(
         alpha: The adapter counts ``alpha / rank`` times; ``None`` takes the rank.
         dropout: Of the adapter's input, while training.
         target_modules: As in ``LoraConfig``; ``None`` takes every quantized linear layer but the heads.
+        modules_to_save: As in ``LoraConfig``: modules that train in full; ``None`` takes the heads of classifiers.
 
     Returns:
         The ``PeftModel``.
@@ -84,6 +86,7 @@ def add_side_adapter(
         lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=names if isinstance(names, str) else list(names),
+        modules_to_save=None if modules_to_save is None else list(modules_to_save),
         task_type=next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None),
     )
     return get_peft_model(model, config)

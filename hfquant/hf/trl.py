@@ -1,8 +1,8 @@
-"""TRL's trainers on a model whose output head is packed.
+"""TRL's trainers on a model whose output head is quantized.
 
 TRL 1.16 computes the loss from the head's float weight, tile by tile, without making logits (``add_fused_lm_head``). A
-packed head has no such weight; while that forward runs, TRL is shown one with the dequantized values. It is freed with
-the graph of the step.
+packed head has no such weight, and that of quantization-aware training is not what the head computes with. While that
+forward runs, TRL is shown a head with the values of the codes; they are freed with the graph of the step.
 """
 
 import functools
@@ -11,7 +11,11 @@ from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from torch import Tensor
+
 from hfquant.errors import ConfigError
+from hfquant.kernels.dequantize import dequantize_weight
+from hfquant.nn.fake_quant_module import FakeQuantModule
 from hfquant.nn.packed_module import PackedModule
 
 
@@ -33,8 +37,7 @@ def _showing_float_heads(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapped(model: Any, *args: Any, **kwargs: Any) -> None:
         original(model, *args, **kwargs)
-        if isinstance(_base(model.get_output_embeddings()), PackedModule):
-            model.forward = _with_float_head(model, model.forward)
+        model.forward = _with_float_head(model, model.forward)  # the head may be quantized later, by a callback
 
     wrapped.by_hfquant = True  # type: ignore[attr-defined]
     return wrapped
@@ -44,14 +47,15 @@ def _with_float_head(model: Any, fused: Callable[..., Any]) -> Callable[..., Any
     @functools.wraps(fused)
     def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         head = model.get_output_embeddings()
-        if not fused_lm_head or not isinstance(_base(head), PackedModule):
+        base = head.get_base_layer() if hasattr(head, "get_base_layer") else head
+        if not fused_lm_head or not isinstance(base, (PackedModule, FakeQuantModule)):
             return fused(*args, fused_lm_head=fused_lm_head, **kwargs)
-        if head is not _base(head):
+        if head is not base:
             raise ConfigError(
                 "TRL's trainers read the weight of the output head, and would not see an adapter on it; leave the head "
                 "out of target_modules"
             )
-        shown = SimpleNamespace(weight=head.dequantize(), bias=head.bias)
+        shown = SimpleNamespace(weight=shown_weight(base), bias=base.bias)
         model.get_output_embeddings = lambda: shown
         try:
             return fused(*args, fused_lm_head=True, **kwargs)
@@ -61,5 +65,18 @@ def _with_float_head(model: Any, fused: Callable[..., Any]) -> Callable[..., Any
     return forward
 
 
-def _base(head: Any) -> Any:
-    return head.get_base_layer() if hasattr(head, "get_base_layer") else head
+def shown_weight(head: Any) -> Tensor:
+    """The weight ``[N, K]`` that a quantized ``head`` computes with; gradients go straight through to a float one.
+
+    In quantization-aware training that is all: TRL's loss does not train the scales of the head.
+    """
+    if isinstance(head, PackedModule):
+        dense: Tensor = head.dequantize()
+        return dense
+    weight: Tensor = head.float_weights["weight"].to_rows(head.weight)
+    if head.bypassed:
+        return weight
+    packed, bits = head.packed(), head.scheme.weight.bits
+    values = dequantize_weight(*packed, bits=bits, in_features=head.in_features, dtype=weight.dtype)
+    blended: Tensor = weight + head.blend * (values - weight).detach()
+    return blended

@@ -10,9 +10,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hfquant import ConfigError, SchemeError, dequantize_model, get_quantization_info, quantize_model_ptq
+from hfquant import (
+    ConfigError,
+    SchemeError,
+    dequantize_model,
+    get_quantization_info,
+    merge_adapters,
+    quantize_model_ptq,
+)
 from hfquant.finetune.side import MergeReport
-from hfquant.hf.peft import add_side_adapter, mean_loss, merge_side_adapter
+from hfquant.hf.peft import add_side_adapter, mean_loss
 from hfquant.hf.peft_layers import PackedLoraEmbedding, PackedLoraLinear
 from hfquant.numerics.affine import quantize, scale_from_bits
 from hfquant.numerics.packing import unpack
@@ -262,7 +269,7 @@ def test_the_report_has_the_loss_where_data_is_given() -> None:
     model = add_side_adapter(quantized(), rank=4, alpha=8)
     randomize_(model)
     before = mean_loss(model, [{"input_ids": ids, "labels": ids}])
-    merged = merge_side_adapter(model, [{"input_ids": ids, "labels": ids}])
+    merged = merge_adapters(model, data=[{"input_ids": ids, "labels": ids}])
     assert merged.merge_report.loss_before == before
     assert merged.merge_report.loss_after == mean_loss(merged, [{"input_ids": ids, "labels": ids}])
     assert "loss" in str(merged.merge_report)

@@ -10,13 +10,20 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, Trainer, TrainingArguments
 
-from hfquant import ConfigError, get_quantization_info, quantize_model_ptq
+from hfquant import (
+    ConfigError,
+    QuantTrainer,
+    get_quantization_info,
+    merge_adapters,
+    prepare_model_qat,
+    quantize_model_ptq,
+)
 from hfquant.hf.peft import add_side_adapter
 from tests.support.adapters import adapter_state, codes, lora, quantized, same
 from tests.support.processes import run_python
-from tests.support.tiny_models import TEXT, output, text_inputs
+from tests.support.tiny_models import TEXT, build, output, text_inputs
 from tests.support.tolerance import SAME_VALUES
-from tests.support.training import CHECKPOINTING, examples, tiny_tokenizer
+from tests.support.training import CHECKPOINTING, config as training_config, examples, tiny_tokenizer
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
@@ -54,33 +61,55 @@ def test_trainer_trains_the_adapter_and_saves_it(scheme: str, tmp_path: Path) ->
 RESUME = """
 import sys, torch
 torch.set_num_threads(1)
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 from tests.hf.test_peft_training import trainer_that_saves
-folder, resume = sys.argv[1], sys.argv[2] == "resume"
-made = trainer_that_saves(folder)
+folder, kind, resume = sys.argv[1], sys.argv[2], sys.argv[3] == "resume"
+made = trainer_that_saves(folder, kind)
 made.train(resume_from_checkpoint=f"{folder}/checkpoint-3" if resume else None)
 """
 
 
-def trainer_that_saves(folder: str) -> Trainer:
+def trainer_that_saves(folder: str, kind: str) -> Trainer:
+    """Dropout is on; ``QuantTrainer`` makes the adapter itself."""
     torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.2, use_dora=True)
-    model = get_peft_model(quantized(), config)
     options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
-    return Trainer(model=model, args=arguments(folder, **options), train_dataset=examples())
+    if kind == "Trainer":
+        config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.2, use_dora=True)
+        model = get_peft_model(quantized(), config)
+        return Trainer(model=model, args=arguments(folder, **options), train_dataset=examples())
+    side = {"adapter": "side", "adapter_rank": 4, "adapter_dropout": 0.2, "adapter_target_modules": ["*proj"]}
+    args = training_config(folder, enable_quantized_finetuning=True, **side, **options)
+    return QuantTrainer(model=quantized(), args=args, train_dataset=examples())
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["Trainer", "QuantTrainer"])
+def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, tmp_path: Path) -> None:
     found = {}
     for mode in ("start", "resume"):
-        done = run_python(RESUME, str(tmp_path / "out"), mode)
+        done = run_python(RESUME, str(tmp_path / "out"), kind, mode)
         assert done.returncode == 0, done.stderr[-3000:]
         last = tmp_path / "out" / "checkpoint-6"
         names = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
         found[mode] = {name: hashlib.sha256((last / name).read_bytes()).hexdigest() for name in names}
         last.rename(tmp_path / mode)
     assert found["start"] == found["resume"]
+    loaded = PeftModel.from_pretrained(quantized(), tmp_path / "resume")  # a checkpoint loads as it is
+    assert sum(p.requires_grad for p in loaded.parameters()) == 0
+    assert not torch.equal(output(loaded, "llama"), output(loaded.unload(), "llama"))
+
+
+def test_quant_trainer_trains_and_merges_a_side_adapter(tmp_path: Path) -> None:
+    base = quantized()
+    side = {"adapter": "side", "adapter_rank": 4, "adapter_modules_to_save": ["norm"]}
+    args = training_config(tmp_path, enable_quantized_finetuning=True, learning_rate=1e-2, max_steps=12, **side)
+    trainer = QuantTrainer(model=base, args=args, train_dataset=examples())
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    assert trainer.model.base_model.model.model.norm.modules_to_save["default"].weight.requires_grad
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(quantized(), tmp_path / "adapter")
+    assert torch.equal(output(loaded, "llama"), output(trainer.model.eval(), "llama"))
+    merged = merge_adapters(trainer.model)
+    assert merged.merge_report.layers == 14
 
 
 def test_gradient_checkpointing_changes_no_loss(tmp_path: Path) -> None:
@@ -221,3 +250,21 @@ def test_trl_trains_an_adapter_it_made_itself(tmp_path: Path) -> None:
     assert torch.equal(output(loaded, "llama"), output(trainer.model.eval(), "llama"))
     merged = trainer.model.merge_and_unload()
     assert merged.merge_report.layers == 14
+
+
+def test_trl_sees_the_codes_of_a_head_in_quantization_aware_training() -> None:
+    pytest.importorskip("trl")
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = prepare_model_qat(build("llama-tied"), quantization_bits=4, quantization_type="weight_only", progress=False)
+    add_fused_lm_head(model)
+    batch = {"input_ids": text_inputs()["input_ids"], "labels": text_inputs()["input_ids"]}
+    tiles, plain = model(**batch, fused_lm_head=True).loss, model(**batch).loss
+    torch.testing.assert_close(tiles, plain, **SAME_VALUES)
+    with torch.no_grad():
+        hidden = model.model(batch["input_ids"]).last_hidden_state
+        logits = hidden[:, :-1] @ model.lm_head.weight.t()
+        unrounded = torch.nn.functional.cross_entropy(logits[0], batch["labels"][0, 1:])
+    assert abs(float(unrounded - plain.detach())) > 1e-4
+    tiles.backward()
+    assert bool(model.lm_head.weight.grad.any())

@@ -80,9 +80,9 @@ def grid_linear_backward_reference(
             grad_weight = (grad_rows.t() @ inputs).to(torch.promote_types(wide, torch.float32))
             grad_delta, grad_scale = _weight_gradients(grad_weight, *packed)
             if lora_a is not None and lora_b is not None:
-                in_units_(grad_delta, weight_scale)
-                grad_a = (lora_b.t().to(grad_delta.dtype) @ grad_delta).mul_(lora_factor)
-                grad_b = (grad_delta @ lora_a.t().to(grad_delta.dtype)).mul_(lora_factor)
+                grad_delta = in_units_(grad_delta, weight_scale)
+                grad_a = (lora_b.t().to(grad_delta) @ grad_delta).mul_(lora_factor)
+                grad_b = (grad_delta @ lora_a.t().to(grad_delta)).mul_(lora_factor)
     return grad_x, grad_scale, grad_a, grad_b, grad_input_scale
 
 
