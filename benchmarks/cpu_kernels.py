@@ -51,21 +51,30 @@ ROWS = (1, 8, 32, 128, 512)
 
 @dataclass(frozen=True)
 class Case:
-    """One op: bits of the weight, group, kind of activations, dtype, and the largest relative error it may have."""
+    """One op: bits of the weight, group, kind of activations, dtype, and the largest relative error it may have.
+
+    Quantized activations are dynamic; asymmetric, as models have them by default, or ``symmetric``.
+    """
 
     bits: int
     group: int | None
     quantized: bool
     dtype: torch.dtype
     bound: float
+    symmetric: bool = False
+
+    def arguments(self) -> dict[str, bool]:
+        return {"dynamic": self.quantized, "asymmetric": self.quantized and not self.symmetric}
 
 
 CASES = {
     "w8a8": Case(8, None, True, torch.float32, 2e-2),
+    "w8a8 symmetric": Case(8, None, True, torch.float32, 2e-2, symmetric=True),
     "w8a8 bf16": Case(8, None, True, torch.bfloat16, 2e-2),
     "w8a16": Case(8, None, False, torch.float32, 2e-6),
     "w8a16 bf16": Case(8, None, False, torch.bfloat16, 8e-3),
     "w4a8 g32": Case(4, 32, True, torch.float32, 2e-2),
+    "w4a8 g32 symmetric": Case(4, 32, True, torch.float32, 2e-2, symmetric=True),
     "w4a8 g128": Case(4, 128, True, torch.float32, 2e-2),
     "w4a16 g32": Case(4, 32, False, torch.float32, 2e-6),
     "w4a16 g32 bf16": Case(4, 32, False, torch.bfloat16, 8e-3),
@@ -180,10 +189,10 @@ def measure(name: str, case: Case, k: int, n: int, m: int, options: argparse.Nam
     one = packed(case, k, n)
     size = sum(tensor.nbytes for tensor in one[:2])
     weights = [one, *(packed(case, k, n) for _ in range(copies(size, m, options.cache) - 1))]
-    error = relative_error(op(x, *one, dynamic=case.quantized), x, one, case, k)
+    error = relative_error(op(x, *one, **case.arguments()), x, one, case, k)
     if not error <= case.bound:
         raise SystemExit(f"{name} {k}x{n} M={m}: error {error:.2e} of the largest result, allowed {case.bound:.0e}")
-    middle, spread = seconds([lambda w=w: op(x, *w, dynamic=case.quantized) for w in weights], options.budget)
+    middle, spread = seconds([lambda w=w: op(x, *w, **case.arguments()) for w in weights], options.budget)
     return {"op": name, "M": m, "us": middle * 1e6, "spread": spread, "max_error": error} | {
         "GB_s": size / middle / 1e9,
         "GOP_s": 2 * m * n * k / middle / 1e9,

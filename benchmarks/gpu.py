@@ -162,7 +162,7 @@ def linear_parity(device: str, shapes: list[tuple[int, int]]) -> list[Row]:
             near = is_near(result, linear(x.double(), values, bias.double()), linear(x, values.to(dtype), bias))
             same = torch.equal(result, OPS[bits](x, *packed, bias=bias))
             rows.append({"check": f"linear {bits} g{group} zero={zero} {n}x{k} M={m} {dtype}", "ok": near and same})
-            codes, scale = quantize_rows(x)
+            codes, scale, _ = quantize_rows(x)
             expected = quantize_rows_reference(x.cpu(), None)
             rounded = codes.double() * scale.double()
             result = OPS[bits](x, *packed, bias=bias, dynamic=True)
@@ -211,7 +211,7 @@ def value_parity(device: str) -> list[Row]:
         codes, residual = (random_packed(n, k // 8 * 8, 4, 8, device).weight for _ in range(2))
         delta, scale = torch.randn(n, k // 8 * 8, device=device), round_scale(torch.rand(n, k // 8, device=device) / 8)
         found = grid_weight(codes, residual, delta, scale, dtype=torch.bfloat16).cpu()
-        expected = grid_weight_reference(codes.cpu(), residual.cpu(), delta.cpu(), scale.cpu(), torch.bfloat16)
+        expected = grid_weight_reference(*(t.cpu() for t in (codes, residual, delta, scale)), None, 4, torch.bfloat16)
         rows.append({"check": f"grid weight {n}x{k}", "ok": torch.equal(found, expected)})
     return rows + expert_parity(device)
 

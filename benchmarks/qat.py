@@ -101,17 +101,19 @@ def is_quantized_linear(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and name != "lm_head"
 
 
-def optimizer_for(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+def optimizer_for(model: nn.Module, rate: float, scale_rate: float = SCALE_RATE) -> torch.optim.Optimizer:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     scales = [p for name, p in named if name.endswith("_log_scale")]
     others = [p for name, p in named if not name.endswith("_log_scale")]
-    groups = [{"params": others, "lr": rate}] + ([{"params": scales, "lr": SCALE_RATE}] if scales else [])
+    groups = [{"params": others, "lr": rate}] + ([{"params": scales, "lr": scale_rate}] if scales else [])
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
-def train(model: nn.Module, steps: int, rate: float, losses: Iterator[Tensor]) -> dict[str, Any]:
+def train(
+    model: nn.Module, steps: int, rate: float, losses: Iterator[Tensor], scale_rate: float = SCALE_RATE
+) -> dict[str, Any]:
     """AdamW, warm-up over a tenth, then linear to 0, gradients clipped to norm 1; the same for every arm."""
-    optimizer = optimizer_for(model, rate)
+    optimizer = optimizer_for(model, rate, scale_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / max(1, steps // 10), (steps - step) / steps)
     )
@@ -145,7 +147,7 @@ def split_ids(options: argparse.Namespace, source: Path) -> dict[str, Tensor]:
     tokenizer = AutoTokenizer.from_pretrained(source)
     ends = [0, int(0.6 * len(text)), int(0.7 * len(text)), len(text)]
     parts = {}
-    for name, start, end in zip(("train", "tune", "test"), ends, ends[1:], strict=True):
+    for name, start, end in zip(("train", "tune", "test"), ends[:-1], ends[1:], strict=True):
         ids = tokenizer(text[start:end], return_tensors="pt", verbose=False)["input_ids"][0]
         parts[name] = ids if name == "train" else ids[: options.eval_tokens or None]
     return parts

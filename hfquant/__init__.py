@@ -14,6 +14,7 @@ from hfquant.errors import (
 )
 from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.export import export_model
+from hfquant.hf.finetune import merge_adapters, prepare_model_for_finetuning
 from hfquant.hf.importing import import_model
 from hfquant.hf.info import QuantizationInfo, get_quantization_info
 from hfquant.hf.plain_module import load_quantized, save_quantized
@@ -26,11 +27,13 @@ from hfquant.hf.verify import verify_checkpoint
 if _TYPE_CHECKING:
     from hfquant.training.callback import QatCallback
     from hfquant.training.config import TrainingConfig
+    from hfquant.training.finetune_callback import FinetuneCallback
     from hfquant.training.trainer import QuantTrainer
 
 __all__ = [
     "CalibrationError",
     "ConfigError",
+    "FinetuneCallback",
     "FormatError",
     "HfQuantConfig",
     "HfQuantError",
@@ -46,7 +49,9 @@ __all__ = [
     "get_quantization_info",
     "import_model",
     "load_quantized",
+    "merge_adapters",
     "plan_quantization",
+    "prepare_model_for_finetuning",
     "prepare_model_qat",
     "quantize_model_ptq",
     "save_quantized",
@@ -56,7 +61,12 @@ __all__ = [
 __version__ = _version("hfquant")
 
 # Transformers' Trainer takes over a second to import, and programs that only run models do not need it.
-_LAZY = {"QatCallback": "callback", "QuantTrainer": "trainer", "TrainingConfig": "config"}
+_LAZY = {
+    "FinetuneCallback": "finetune_callback",
+    "QatCallback": "callback",
+    "QuantTrainer": "trainer",
+    "TrainingConfig": "config",
+}
 
 
 def __getattr__(name: str) -> object:

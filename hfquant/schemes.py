@@ -1,7 +1,8 @@
 """The vocabulary: how a weight and an activation are quantized, as frozen values without any torch module.
 
 A ``LayerScheme`` has one spelling, used in ``config.json``, reports and errors:
-``int4-g64``, ``int4-channel-asym``, ``int8-channel-dynamic``, ``int8-g32-static``.
+``int4-g64``, ``int4-channel-asym``, ``int8-channel-dynamic``, ``int8-channel-dynamic-asym``, ``int8-g32-static``,
+``int4-g64-residual``.
 """
 
 import re
@@ -82,10 +83,21 @@ class WeightScheme:
 
 @dataclass(frozen=True)
 class ActivationScheme:
-    """INT8 activations: ``dynamic`` (one scale per token, at run time) or static (one stored scale)."""
+    """INT8 activations: ``dynamic`` (one scale per token, at run time) or static (one stored scale).
+
+    Attributes:
+        dynamic: Whether each token gets a scale of its own at run time.
+        symmetric: Without a zero point; ``False`` gives each token one beside its scale. Static ones are symmetric.
+        bits: Bits per code.
+    """
 
     dynamic: bool
+    symmetric: bool = True
     bits: Literal[8] = 8
+
+    def __post_init__(self) -> None:
+        if not self.dynamic and not self.symmetric:
+            raise SchemeError("static activations have no zero point; use symmetric=True or dynamic=True")
 
     @property
     def granularity(self) -> PerToken | PerTensor:
@@ -95,12 +107,21 @@ class ActivationScheme:
 
 @dataclass(frozen=True)
 class LayerScheme:
-    """Everything needed to lay out, run and read one quantized layer."""
+    """Everything needed to lay out, run and read one quantized layer.
+
+    Attributes:
+        weight: How its weights become codes.
+        activation: How its inputs are quantized; ``None`` keeps them in float.
+        residual: Whether four more bits of each weight are kept, for fine-tuning: what rounding took from it.
+    """
 
     weight: WeightScheme
     activation: ActivationScheme | None = None
+    residual: bool = False
 
-    _PATTERN = re.compile(r"int([48])-(?:channel|g([1-9][0-9]{0,5}))(-asym)?(?:-(dynamic|static))?")
+    _PATTERN = re.compile(
+        r"int([48])-(?:channel|g([1-9][0-9]{0,5}))(-asym)?(?:-(dynamic(?:-asym)?|static))?(-residual)?"
+    )
 
     def __str__(self) -> str:
         weight = self.weight
@@ -108,7 +129,8 @@ class LayerScheme:
         text += "" if weight.symmetric else "-asym"
         if self.activation is not None:
             text += "-dynamic" if self.activation.dynamic else "-static"
-        return text
+            text += "" if self.activation.symmetric else "-asym"
+        return text + ("-residual" if self.residual else "")
 
     @classmethod
     def parse(cls, text: str) -> "LayerScheme":
@@ -122,14 +144,15 @@ class LayerScheme:
             raise SchemeError(
                 f"scheme {text!r} is not understood; schemes look like int4-g64, int8-channel-dynamic, int4-g32-asym"
             )
-        bits, group, asymmetric, activation = match.groups()
+        bits, group, asymmetric, activation, residual = match.groups()
         return cls(
             WeightScheme(
                 bits=4 if bits == "4" else 8,
                 group_size=int(group) if group else None,
                 symmetric=asymmetric is None,
             ),
-            None if activation is None else ActivationScheme(dynamic=activation == "dynamic"),
+            None if activation is None else ActivationScheme(activation != "static", not activation.endswith("-asym")),
+            residual is not None,
         )
 
     @property
@@ -141,10 +164,20 @@ class LayerScheme:
 
 
 def make_layer_scheme(
-    bits: Bits, quantization_type: QuantizationType, group_size: int | None, symmetric: bool
+    bits: Bits,
+    quantization_type: QuantizationType,
+    group_size: int | None,
+    symmetric: bool,
+    activation_symmetric: bool = True,
 ) -> LayerScheme:
-    """The scheme that the user's words stand for; ``group_size=None`` means per channel."""
-    activation = None if quantization_type == "weight_only" else ActivationScheme(quantization_type == "dynamic")
+    """The scheme that the user's words stand for; ``group_size=None`` means per channel.
+
+    ``activation_symmetric`` is about dynamic activations; static ones are symmetric.
+    """
+    activation = None
+    if quantization_type != "weight_only":
+        dynamic = quantization_type == "dynamic"
+        activation = ActivationScheme(dynamic, activation_symmetric or not dynamic)
     return LayerScheme(WeightScheme(bits, group_size, symmetric), activation)
 
 
@@ -229,19 +262,23 @@ class QuantizationSettings:
         bits: Of linear weights, 4 or 8.
         quantization_type: Of their activations.
         group_size: Inputs that share a scale; -1 means one scale per output channel, ``None`` chooses per layer.
-        symmetric: Without zero points.
+        symmetric: Weights without zero points.
+        activation_symmetric: Dynamic activations without zero points.
         embedding_bits: Of the input embedding and the output head: 16 keeps them in float.
         skip_modules: Modules to keep in float.
         overrides: Exceptions; a later one wins.
+        keep_residual: Keep what rounding took from linear weights, for fine-tuning.
     """
 
     bits: Bits
     quantization_type: QuantizationType
     group_size: int | None = None
     symmetric: bool = True
+    activation_symmetric: bool = True
     embedding_bits: int = 8
     skip_modules: tuple[ModulePattern, ...] = ()
     overrides: tuple[ModuleOverride, ...] = ()
+    keep_residual: bool = False
 
     def for_module(self, name: str) -> "QuantizationSettings":
         """The settings after the overrides whose pattern matches ``name``; ``bits`` may then be 16."""

@@ -26,8 +26,9 @@ schemes = st.builds(
     st.sampled_from(["weight_only", "dynamic", "static"]),
     st.none() | st.integers(1, 65536),
     st.booleans(),
+    st.booleans(),
 )
-spellings = st.from_regex(r"int[48]-(channel|g[1-9][0-9]{0,4})(-asym)?(-dynamic|-static)?", fullmatch=True)
+spellings = st.from_regex(r"int[48]-(channel|g[1-9][0-9]{0,4})(-asym)?(-dynamic(-asym)?|-static)?", fullmatch=True)
 names = st.text("ab.", max_size=12)
 globs = st.text("ab.*?", min_size=1, max_size=8)
 
@@ -58,7 +59,8 @@ def test_a_spelling_has_one_scheme(text: str) -> None:
         "int4-g\u0666\u0664",
         "int4-g1e3",
         "int4-g64-dyn",
-        "int4-g64-dynamic-asym",
+        "int4-g64-dynamic-asym-asym",
+        "int4-g64-static-asym",
         "int4-channel-g64",
         "INT4-g64",
         "int4-g64 ",

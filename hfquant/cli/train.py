@@ -24,7 +24,7 @@ RUN_FIELDS = ("model", "text", "output", "context", "dtype")
 
 def train(
     config: Annotated[Path, typer.Option(help="YAML or JSON: fields of TrainingConfig; model, text, output, context.")],
-    model: Annotated[str | None, typer.Option(help="Folder or Hub name of a float causal language model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or Hub name of a causal language model.")] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to train on.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the trained model.")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens of one example; default 512.")] = None,
@@ -32,7 +32,10 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the output folder.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Train MODEL on a text as CONFIG says; with quantization_mode ptq or qat the result is quantized."""
+    """Train MODEL on a text as CONFIG says; with quantization_mode ptq or qat the result is quantized.
+
+    With enable_quantized_finetuning MODEL is quantized, and so is the result.
+    """
     given = {"model": model, "text": text, "output": output, "context": context}
     run, fields = read_run(config, {name: value for name, value in given.items() if value is not None})
     target = check_output(Path(run["output"]), run["model"], overwrite=overwrite)
@@ -46,7 +49,7 @@ def train(
         (folder / "training_args.bin").unlink(missing_ok=True)
         copy_companion_files(run["model"], folder)
     summary = {
-        "mode": trainer.args.quantization_mode,
+        "mode": "finetune" if trainer.args.enable_quantized_finetuning else trainer.args.quantization_mode,
         "steps": trainer.state.global_step,
         "train_loss": result.training_loss,
         "file_bytes": folder_bytes(target),

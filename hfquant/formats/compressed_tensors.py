@@ -116,7 +116,8 @@ def _scheme_fields(scheme: LayerScheme) -> dict[str, Any]:
     inputs = None
     if activation is not None:
         strategy = "token" if activation.dynamic else "tensor"
-        inputs = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": activation.dynamic, "strategy": strategy}
+        inputs = {"num_bits": 8, "type": "int", "symmetric": activation.symmetric}
+        inputs |= {"dynamic": activation.dynamic, "strategy": strategy}
     return {"weights": fields, "input_activations": inputs, "output_activations": None}
 
 
@@ -149,11 +150,13 @@ def _read_group(group: Mapping[str, Any]) -> LayerScheme:
         )
     activation = None
     if inputs is not None:
-        kind = (inputs["type"], inputs["num_bits"], inputs["symmetric"], inputs["strategy"])
-        dynamic = bool(inputs.get("dynamic", False))
-        if kind != ("int", 8, True, "token" if dynamic else "tensor"):
-            raise SchemeError(f"input_activations {dict(inputs)!r}: expected symmetric INT8, per token or per tensor")
-        activation = ActivationScheme(dynamic)
+        dynamic, symmetric = bool(inputs.get("dynamic", False)), bool(inputs["symmetric"])
+        kind = (inputs["type"], inputs["num_bits"], inputs["strategy"])
+        if kind != ("int", 8, "token" if dynamic else "tensor") or not (symmetric or dynamic):
+            raise SchemeError(
+                f"input_activations {dict(inputs)!r}: expected INT8, per token, or per tensor and symmetric"
+            )
+        activation = ActivationScheme(dynamic, symmetric)
     weight = WeightScheme(weights["num_bits"], size if strategy == "group" else None, weights["symmetric"])
     return LayerScheme(weight, activation)
 

@@ -93,6 +93,8 @@ def _scheme_problem(engine: str, file_format: str, scheme: LayerScheme) -> str |
             return "INT8 with INT8 activations takes one scale per channel; quantize with group_size=-1"
         if weight.bits == 4 and engine == "sglang":
             return "INT4 weights with INT8 activations are not served; quantize with quantization_type='weight_only'"
+        if not activation.symmetric and engine == "sglang":
+            return "activations have no zero points there; quantize with activation_symmetric=True"
     if activation is None and server and weight.group_size not in MARLIN_GROUPS:
         return f"group_size {weight.group_size} has no GPU kernel; quantize with group_size=32, 64, 128 or -1"
     return None

@@ -16,7 +16,8 @@ from hfquant.formats.native import SAVE_ID_KEY
 from hfquant.nn.packed_module import companion_name
 from hfquant.nn.swap import packed_modules
 from hfquant.numerics.affine import scale_from_bits
-from hfquant.numerics.packing import has_clean_padding
+from hfquant.numerics.packing import has_clean_padding, unpack
+from hfquant.numerics.residual import LARGEST
 
 
 SAFETENSORS_DTYPES = {
@@ -78,7 +79,18 @@ def _value_checks(model: nn.Module) -> dict[str, ValueCheck | None]:
             checks[prefix + companion_name(key, "scale")] = _nonzero_scale if signed else _positive_scale
             checks[prefix + companion_name(key, "zero_point")] = _padding_check(weight_scheme.bits, groups)
             checks[prefix + companion_name(key, "input_scale")] = _positive_scale
+            checks[prefix + companion_name(key, "residual")] = _residual_check(weight.in_features)
     return checks
+
+
+def _residual_check(length: int) -> ValueCheck:
+    def check(words: Tensor) -> str | None:
+        if not has_clean_padding(words, bits=4, length=length):
+            return f"bits behind the {length} residuals of a row are set; expected zeros"
+        wrong = int((unpack(words, bits=4, length=length) < -LARGEST).sum())
+        return f"{wrong} residuals are half a step; expected at most {LARGEST}/16" if wrong else None
+
+    return check
 
 
 def _padding_check(bits: int, length: int) -> ValueCheck | None:

@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "quantization_bits": (8, 4),
     "quantization_type": ("dynamic", "static", "weight_only"),
     "symmetric": (True, False),
+    "activation_symmetric": (True, False),
     "algorithm": ("rtn", "search", "awq", "gptq", "signround"),
     "activation_observer": ("minmax", "percentile", "mse"),
     "smoothquant": (True, False),
@@ -30,6 +31,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "bnb_4bit_use_double_quant": (True, False),
     "strict": (True, False),
     "dequantize": (True, False),
+    "keep_residual": (True, False),
 }
 """Field -> the values it takes, beside ``None`` for "not set"."""
 
@@ -49,7 +51,7 @@ TARGETS = ("target_bits", "target_size", "target_error")
 USER_FIELDS = (*CHOICES, *INTEGERS, "group_size", "skip_modules", "overrides", *TARGETS)
 RECORD_FIELDS = (
     *("quant_method", "format_version", "hfquant_version", "modules", "save_id", "quantization_mode"),
-    *("calibration", "allocation"),
+    *("calibration", "allocation", "finetuning"),
 )
 LOAD_ONLY_FIELDS = ("dequantize", "strict")
 
@@ -61,12 +63,15 @@ class HfQuantConfig(QuantizationConfigMixin):
 
     Args:
         quantization_bits: Bits of the weights, 8 (default) or 4.
-        quantization_type: ``"weight_only"`` (default for 4 bits), ``"dynamic"`` (INT8 activations, one scale per token
-            at run time; default for 8 bits) or ``"static"`` (INT8 activations, scales from calibration data).
+        quantization_type: ``"weight_only"`` (default for 4 bits), ``"dynamic"`` (INT8 activations, one scale and zero
+            point per token at run time; default for 8 bits) or ``"static"`` (INT8 activations, scales from calibration
+            data).
         group_size: Inputs that share a scale; -1 means one scale per output channel. ``None`` takes one scale per
             channel for 8 bits; for 4 bits the largest of 64, 32, 16 (128 too above a billion parameters) that divides
             the layer's inputs. A size that is given never changes: layers it does not divide are an error.
-        symmetric: Without zero points (default ``True``).
+        symmetric: Weights without zero points (default ``True``).
+        activation_symmetric: Dynamic activations without zero points. The default ``False`` spans the range of each
+            token in 255 steps, about half the error; engines that read symmetric ones only need ``True``.
         algorithm: ``"gptq"`` (default where calibration data is given), ``"signround"`` (learned rounding, the best and
             slowest), ``"awq"`` (large inputs get finer weights where norms can absorb that, then the weighted search),
             ``"search"`` (default without data) or ``"rtn"`` (round to nearest).
@@ -94,6 +99,8 @@ class HfQuantConfig(QuantizationConfigMixin):
             noise to signal of their weights.
         strict: Raise if a linear layer would stay in float although nobody asked for it.
         dequantize: On loading a quantized checkpoint, return the float model of its values.
+        keep_residual: Keep four more bits of each linear weight, what rounding took from it: fine-tuning with
+            ``adapter="grid"`` starts better from them. Not needed to run the model.
         record: What a checkpoint adds (``modules``, ``save_id``, ``format_version``, ...); not for users.
 
     Raises:
@@ -124,24 +131,26 @@ class HfQuantConfig(QuantizationConfigMixin):
         target_bits: float | None = None,
         target_size: int | str | None = None,
         target_error: float | None = None,
+        activation_symmetric: bool | None = None,
+        keep_residual: bool | None = None,
         **record: Any,
     ) -> None:
-        self.quant_method = QUANT_METHOD
-        self.quantization_bits, self.quantization_type = quantization_bits, quantization_type
-        self.group_size, self.symmetric, self.embedding_bits = group_size, symmetric, embedding_bits
-        self.algorithm, self.backend, self.iterations = algorithm, backend, iterations
+        self.quant_method, self.quantization_bits = QUANT_METHOD, quantization_bits
+        self.quantization_type, self.group_size, self.symmetric = quantization_type, group_size, symmetric
+        self.embedding_bits, self.requested = embedding_bits, dict[str, Any]()
+        self.algorithm, self.backend, self.iterations, self.dequantize = algorithm, backend, iterations, dequantize
         self.bnb_4bit_quant_type, self.bnb_4bit_use_double_quant = bnb_4bit_quant_type, bnb_4bit_use_double_quant
-        self.skip_modules, self.overrides, self.seed = skip_modules, overrides, seed
-        self.strict, self.dequantize, self.requested = strict, dequantize, dict[str, Any]()
-        self.activation_observer, self.smoothquant = activation_observer, smoothquant
+        self.skip_modules, self.overrides, self.seed, self.keep_residual = skip_modules, overrides, seed, keep_residual
+        self.activation_observer, self.smoothquant, self.strict = activation_observer, smoothquant, strict
+        self.activation_symmetric = activation_symmetric
         self.calibration_samples, self.calibration_length = calibration_samples, calibration_length
         self.target_bits, self.target_size, self.target_error = target_bits, target_size, target_error
         self._take_record(record)
         self.check()
 
     def _take_record(self, record: dict[str, Any]) -> None:
-        self.calibration: dict[str, Any] | None = record.pop("calibration", None)
-        self.allocation: dict[str, Any] | None = record.pop("allocation", None)
+        self.calibration, self.allocation = record.pop("calibration", None), record.pop("allocation", None)
+        self.finetuning = record.pop("finetuning", None)
         self.modules: dict[str, str] | None = record.pop("modules", None)
         self.format_version: Any = record.pop("format_version", FORMAT_VERSION)
         self.hfquant_version, self.save_id = record.pop("hfquant_version", None), record.pop("save_id", None)
@@ -162,6 +171,8 @@ class HfQuantConfig(QuantizationConfigMixin):
                 raise ConfigError(f"{name} is for backend='bitsandbytes' with quantization_bits=4")
         for name, smallest in INTEGERS.items():
             check_integer(name, getattr(self, name), smallest)
+        if self.keep_residual and self.backend == "bitsandbytes":
+            raise ConfigError("keep_residual=True is for backend='hfquant'")
         check_group_size("group_size", self.group_size)
         if self.skip_modules is not None:
             if not isinstance(self.skip_modules, (list, tuple)):
@@ -170,6 +181,17 @@ class HfQuantConfig(QuantizationConfigMixin):
                 ModulePattern(pattern)
         self._overrides()
         self.budget()
+        kinds = {self._bits_and_type()[1], *(override.quantization_type for override in self._overrides())}
+        if self.activation_symmetric is not None and "dynamic" not in kinds:
+            raise ConfigError(
+                f"activation_symmetric={self.activation_symmetric} is about dynamic activations, and there are none; "
+                "leave it unset, or take quantization_type='dynamic'"
+            )
+
+    def _bits_and_type(self) -> tuple[int, str]:
+        default_bits = 8 if self.budget() is None else 4
+        bits = default_bits if self.quantization_bits is None else self.quantization_bits
+        return bits, self.quantization_type or ("dynamic" if bits == 8 else "weight_only")
 
     def budget(self) -> Budget | None:
         """What an allocation of bits has to keep to, if one is asked for.
@@ -200,17 +222,17 @@ class HfQuantConfig(QuantizationConfigMixin):
     def resolve(self) -> QuantizationSettings:
         """The settings with every default filled in: the one place where defaults are."""
         self.check()
-        default_bits = 8 if self.budget() is None else 4
-        bits = default_bits if self.quantization_bits is None else self.quantization_bits
-        default_type = "dynamic" if bits == 8 else "weight_only"
+        bits, quantization_type = self._bits_and_type()
         return QuantizationSettings(
             bits=bits,  # type: ignore[arg-type]
-            quantization_type=self.quantization_type or default_type,  # type: ignore[arg-type]
+            quantization_type=quantization_type,  # type: ignore[arg-type]
             group_size=self.group_size,
             symmetric=True if self.symmetric is None else self.symmetric,
+            activation_symmetric=bool(self.activation_symmetric),
             embedding_bits=8 if self.embedding_bits is None else self.embedding_bits,
             skip_modules=tuple(ModulePattern(pattern) for pattern in self.skip_modules or ()),
             overrides=self._overrides(),
+            keep_residual=bool(self.keep_residual),
         )
 
     @property
@@ -223,6 +245,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         settings = self.resolve()
         self.quantization_bits, self.quantization_type = settings.bits, settings.quantization_type
         self.symmetric, self.embedding_bits = settings.symmetric, settings.embedding_bits
+        if any("-dynamic" in scheme for scheme in modules.values()):
+            self.activation_symmetric = settings.activation_symmetric
         self.algorithm, self.backend = self.resolved_algorithm, "hfquant"
         self.modules, self.hfquant_version, self.format_version = dict(modules), version, FORMAT_VERSION
 

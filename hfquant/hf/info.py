@@ -1,11 +1,13 @@
 """``get_quantization_info``: what is quantized, how well, what is kept and why."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from hfquant.finetune.adapted import training_bytes
 from hfquant.hf.bitsandbytes import bitsandbytes_parameters, is_bitsandbytes
 from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.quantizer import HfQuantQuantizer
@@ -70,6 +72,50 @@ class KeptParameter:
 
 
 @dataclass(frozen=True)
+class FinetuningInfo:
+    """What fine-tuning changed, and what it takes while it goes on.
+
+    Attributes:
+        adapter: ``"grid"``, ``"scales"``, or ``"side"`` after it was merged.
+        residual: Where ``"grid"`` has rounding residuals from: ``"ptq"``, ``"dither"`` or ``"mixed"``; else ``None``.
+        codes: Codes of the adapted layers.
+        codes_moved: Of those, how many differ from what training started from.
+        scales: Scales of the adapted layers.
+        scales_moved: Of those, how many differ.
+        weight_bytes: In training: codes, scales and residuals of the adapted layers; else 0.
+        learned_scale_bytes: In training: the logarithms of their scales.
+        adapter_bytes: In training: ``A`` and ``B``.
+        optimizer_bytes: State of the optimizer that was given.
+    """
+
+    adapter: str
+    residual: str | None
+    codes: int
+    codes_moved: int
+    scales: int
+    scales_moved: int
+    weight_bytes: int = 0
+    learned_scale_bytes: int = 0
+    adapter_bytes: int = 0
+    optimizer_bytes: int = 0
+
+    def __str__(self) -> str:
+        start = {"ptq": ", from kept residuals", "dither": ", from dither"}.get(self.residual or "", "")
+        text = (
+            f"fine-tuned ({self.adapter}{start}): {self.codes_moved} of {self.codes} codes "
+            f"({100 * self.codes_moved / max(1, self.codes):.2f} %) and {self.scales_moved} of {self.scales} scales "
+            "moved"
+        )
+        if not self.weight_bytes:
+            return text
+        return (
+            f"{text}\nin training: {_size(self.weight_bytes)} packed "
+            f"({self.weight_bytes / max(1, self.codes):.3f} bytes a weight), {_size(self.learned_scale_bytes)} learned "
+            f"scales, {_size(self.adapter_bytes)} adapters, {_size(self.optimizer_bytes)} optimizer state"
+        )
+
+
+@dataclass(frozen=True)
 class QuantizationInfo:
     """Every parameter of a model, quantized or kept with the reason.
 
@@ -82,6 +128,7 @@ class QuantizationInfo:
         embedding_bits: Bits of the input embedding and output head.
         quantized: Parameters stored as codes.
         kept: Parameters in float.
+        finetuning: What fine-tuning changed, if the model was or is in fine-tuning.
     """
 
     is_quantized: bool
@@ -92,6 +139,7 @@ class QuantizationInfo:
     embedding_bits: int | None = None
     quantized: tuple[QuantizedParameter, ...] = ()
     kept: tuple[KeptParameter, ...] = field(default=())
+    finetuning: FinetuningInfo | None = None
 
     @property
     def bytes_before(self) -> int:
@@ -130,6 +178,7 @@ class QuantizationInfo:
             f"{_size(self.bytes_before)} -> {_size(self.bytes_after)} "
             f"({self.bytes_before / max(1, self.bytes_after):.2f}x smaller), "
             f"{self.bits_per_weight:.2f} bits per quantized weight, {100 * self.coverage:.1f} % of weights quantized",
+            *([] if self.finetuning is None else str(self.finetuning).splitlines()),
             "",
             *_table(("quantized", "scheme", "shape", "SQNR dB"), [_quantized_row(q) for q in self.quantized]),
             "",
@@ -138,8 +187,13 @@ class QuantizationInfo:
         return "\n".join(lines)
 
 
-def get_quantization_info(model: nn.Module) -> QuantizationInfo:
-    """What is quantized in ``model``, how, and why the rest is kept; also for a model that is not quantized."""
+def get_quantization_info(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> QuantizationInfo:
+    """What is quantized in ``model``, how, and why the rest is kept; also for a model that is not quantized.
+
+    Args:
+        model: Any model.
+        optimizer: Of a model in fine-tuning, to count its state.
+    """
     if is_bitsandbytes(model):
         return _bitsandbytes_info(model)
     quantizer = getattr(model, "hf_quantizer", None)
@@ -156,6 +210,25 @@ def get_quantization_info(model: nn.Module) -> QuantizationInfo:
         embedding_bits=settings.embedding_bits,
         quantized=tuple(_quantized(model)),
         kept=tuple(_kept(model, quantizer)),
+        finetuning=_finetuning(model, quantizer, optimizer),
+    )
+
+
+def _finetuning(
+    model: nn.Module, quantizer: HfQuantQuantizer, optimizer: torch.optim.Optimizer | None
+) -> FinetuningInfo | None:
+    if quantizer.finetuning is None:
+        found = quantizer.quantization_config.finetuning
+        known = {item.name for item in fields(FinetuningInfo)}
+        return None if not found else FinetuningInfo(**{key: value for key, value in found.items() if key in known})
+    sizes, states = training_bytes(model), [] if optimizer is None else optimizer.state.values()
+    tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    return FinetuningInfo(
+        **quantizer.finetuning.summary(model),
+        weight_bytes=sizes.weights,
+        learned_scale_bytes=sizes.learned_scales,
+        adapter_bytes=sizes.adapters,
+        optimizer_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     )
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hfquant.errors import ConfigError, FormatError
+from hfquant.finetune.merge import merged_state_dict
 from hfquant.formats.headers import read_headers
 from hfquant.formats.native import SAVE_ID_KEY, check_format_version, content_metadata
 from hfquant.formats.staging import staged_folder
@@ -17,7 +18,7 @@ from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.nn.packed_module import PackedModule
 from hfquant.nn.select import packed_class
-from hfquant.nn.swap import packed_modules, swap_modules_
+from hfquant.nn.swap import keep_packed_from_ddp_, packed_modules, swap_modules_
 from hfquant.schemes import LayerScheme
 
 
@@ -39,6 +40,8 @@ def save_quantized(model: nn.Module, save_directory: str | Path) -> None:
     if not isinstance(quantizer, HfQuantQuantizer) or next(packed_modules(model), None) is None:
         raise ConfigError("the model is not quantized by hfquant; call quantize_model_ptq(model, ...) first")
     tensors = _unique_tensors(model)
+    if quantizer.finetuning is not None:
+        quantizer.quantization_config.finetuning = quantizer.finetuning.summary(model)
     metadata = content_metadata(tensors)
     config = quantizer.quantization_config
     config.save_id = metadata[SAVE_ID_KEY]
@@ -78,6 +81,7 @@ def load_quantized(model: Model, save_directory: str | Path) -> Model:
     model.load_state_dict(tensors, assign=True)
     _tie(model, duplicates)
     model.hf_quantizer = HfQuantQuantizer(config, pre_quantized=True)
+    keep_packed_from_ddp_(model)
     return model
 
 
@@ -124,7 +128,7 @@ def _ties(model: nn.Module, schemes: Mapping[str, LayerScheme]) -> dict[str, str
 
 def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     duplicates = _duplicate_names(model)
-    return {name: t.contiguous() for name, t in model.state_dict().items() if name not in duplicates}
+    return {name: t.contiguous() for name, t in merged_state_dict(model).items() if name not in duplicates}
 
 
 def _tie(model: nn.Module, duplicates: Mapping[str, str]) -> None:

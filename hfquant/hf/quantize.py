@@ -23,7 +23,7 @@ from hfquant.hf.config import QUANT_METHOD, HfQuantConfig
 from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.hf.roles import tie_companions
 from hfquant.nn.select import Selection
-from hfquant.nn.swap import packed_modules, restore_modules_
+from hfquant.nn.swap import keep_packed_from_ddp_, packed_modules, restore_modules_
 from hfquant.ptq.calibrated import calibrate_
 from hfquant.ptq.quantize import quantize_modules_
 from hfquant.ptq.quantize_matrix import CALIBRATED
@@ -159,6 +159,7 @@ def _check_calibration_data(data: Any, *, needed: bool, config: HfQuantConfig, u
 def _attach(model: nn.Module, quantizer: HfQuantQuantizer, selection: Selection) -> None:
     """Leave ``model`` as ``from_pretrained`` leaves a quantized one."""
     model.hf_quantizer = quantizer
+    keep_packed_from_ddp_(model)
     if not isinstance(model, PreTrainedModel):
         return
     model.is_quantized, model.quantization_method = True, QUANT_METHOD

@@ -15,15 +15,19 @@ from transformers.quantizers import HfQuantizer, auto, register_quantizer
 from transformers.utils import logging
 
 from hfquant.errors import ConfigError, HfQuantError
+from hfquant.finetune.adapted import FinetuneState
+from hfquant.finetune.merge import merged_state_dict
 from hfquant.formats.native import SAVE_ID_KEY, content_metadata
 from hfquant.hf.bitsandbytes import BACKEND, bitsandbytes_quantizer
 from hfquant.hf.checkpoint import check_checkpoint, read_modules
 from hfquant.hf.config import QUANT_METHOD, HfQuantConfig
+from hfquant.hf.peft import install
 from hfquant.hf.roles import model_roles, tie_companions, untie_companions
 from hfquant.nn.packed_module import PackedModule, companion_name
 from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.select import ASKED, Selection, has_expert_weights, select_modules, unmatched_patterns
-from hfquant.nn.swap import packed_modules, restore_modules_, swap_modules_
+from hfquant.nn.swap import keep_packed_from_ddp_, packed_modules, restore_modules_, swap_modules_
+from hfquant.numerics.residual import rounding_residual
 from hfquant.ptq.layer_result import LayerResult
 from hfquant.ptq.quantize_matrix import CALIBRATED
 from hfquant.ptq.store import quantize_and_keep
@@ -57,6 +61,7 @@ class HfQuantQuantizer(HfQuantizer):
         error: The first error while quantizing on the fly. Transformers reports errors of single tensors as a table
             and a RuntimeError without cause; this one is raised in its place.
         results: How each weight was quantized, where this process calibrated.
+        finetuning: What a model in fine-tuning carries, else ``None``.
     """
 
     requires_calibration = False
@@ -77,6 +82,7 @@ class HfQuantQuantizer(HfQuantizer):
         self.filled: set[str] = set()
         self.prepared_for_qat = False
         self.results: list[LayerResult] = []
+        self.finetuning: FinetuneState | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse to quantize on the fly to disk: Transformers would read the float file again.
@@ -177,7 +183,10 @@ class HfQuantQuantizer(HfQuantizer):
             self.error = self.error or error
             return {f"{module_name}.{n}": torch.zeros_like(p, device="cpu") for n, p in module.packed_parameters(key)}
         module.sqnr_db[key] = result.sqnr_db
-        named = zip(("", "scale", "zero_point"), result.packed, strict=True)
+        named = list(zip(("", "scale", "zero_point"), result.packed, strict=True))
+        if module.scheme.residual:
+            rows = module.float_weights[key].to_rows(tensor)
+            named.append(("residual", rounding_residual(rows, result.packed, bits=module.scheme.weight.bits)))
         prefix = f"{module_name}." if module_name else ""
         return {prefix + (companion_name(key, s) if s else key): t for s, t in named if t is not None}
 
@@ -197,6 +206,7 @@ class HfQuantQuantizer(HfQuantizer):
             return dequantize_in_place(model, model.dtype)
         self.quantization_config.freeze({n: str(s) for n, s in self.selection.schemes.items()}, version("hfquant"))
         self.pre_quantized = True
+        keep_packed_from_ddp_(model)
         return model
 
     def _restore_unfilled(self, model: PreTrainedModel) -> None:
@@ -216,7 +226,9 @@ class HfQuantQuantizer(HfQuantizer):
         """Called by ``save_pretrained`` first: hashes the content, and puts the save id into config and shards."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
-        state_dict = model.state_dict()
+        state_dict = merged_state_dict(model)
+        if self.finetuning is not None:
+            self.quantization_config.finetuning = self.finetuning.summary(model)
         for key in model._keys_to_ignore_on_save or ():
             state_dict.pop(key, None)
         state_dict = remove_tied_weights_from_state_dict(state_dict, model)
@@ -244,7 +256,7 @@ class HfQuantQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         """Whether the model it belongs to is prepared for it; packed integers themselves do not train."""
-        return self.prepared_for_qat
+        return self.prepared_for_qat or self.finetuning is not None
 
     @property
     def is_compileable(self) -> bool:
@@ -316,3 +328,4 @@ if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
 if HfQuantConfig not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
     # Without this a config passed for a quantized checkpoint (dequantize=True) is ignored.
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (HfQuantConfig,)
+install()

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hfquant.errors import ConfigError, FormatError
+from hfquant.finetune.merge import merged_state_dict
 from hfquant.formats.headers import read_headers
 from hfquant.formats.shards import INDEX
 from hfquant.formats.stored_weight import Kind, StoredWeight
@@ -81,7 +82,8 @@ class QuantizedSource:
         scale = read("scale")
         assert scale is not None
         packed = PackedWeight(self.tensors[name](), scale, read("zero_point"))
-        return StoredWeight(name, kind, module.scheme, module.float_weights[key], packed, read("input_scale"))
+        scheme = replace(module.scheme, residual=False)  # only fine-tuning needs it
+        return StoredWeight(name, kind, scheme, module.float_weights[key], packed, read("input_scale"))
 
 
 def kind_of(module: nn.Module, *, is_table: bool) -> Kind:
@@ -108,7 +110,7 @@ def open_source(model: PreTrainedModel | str | Path, **hub: Any) -> QuantizedSou
         return _open_folder(local_folder(model, **hub))
     if not isinstance(model, PreTrainedModel) or not isinstance(getattr(model, "hf_quantizer", None), HfQuantQuantizer):
         raise ConfigError(f"{type(model).__name__} is no Transformers model quantized by hfquant; quantize it first")
-    state_dict = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    state_dict = remove_tied_weights_from_state_dict(merged_state_dict(model), model)
     tensors = {name: partial(lambda tensor: tensor, tensor) for name, tensor in state_dict.items()}
     return QuantizedSource(model, tensors)
 

@@ -11,8 +11,8 @@ EXACT_INT32_BLOCK = 1 << 16
 """Inputs per int32 product: 2**16 * 128 * 128 = 2**30 stays within int32."""
 
 
-def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b.T`` of INT8 codes ``[M, K]`` and ``[N, K]``, exact, as float32 ``[M, N]``.
+def integer_matmul(a: Tensor, b: Tensor, a_zero_point: Tensor | None = None) -> Tensor:
+    """``(a - a_zero_point) @ b.T`` of INT8 codes ``[M, K]`` and ``[N, K]``, exact, as float32 ``[M, N]``.
 
     Sums beyond 2**24 are rounded once, when the exact integer becomes float32.
     """
@@ -24,6 +24,8 @@ def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
         part = torch._int_mm(part_a, part_b.t()) if block == EXACT_INT32_BLOCK else _float_block(part_a, part_b)
         total = part if total is None else total.to(torch.int64) + part
     assert total is not None
+    if a_zero_point is not None:
+        total = total.to(torch.int64) - a_zero_point * b.sum(-1, dtype=torch.int64)
     return total.float()
 
 

@@ -1,7 +1,7 @@
 """What ``int4_linear`` and ``int8_linear`` share: the schema, the shapes and the gradient.
 
     y = x @ dequantize(weight).T + bias                        activations in float
-    y = (codes_x @ codes_w.T) * scale_x * scale_w + bias       ``dynamic`` or with an ``input_scale``
+    y = ((codes_x - zero_x) @ codes_w.T) * scale_x * scale_w + bias       ``dynamic`` or with an ``input_scale``
 
 Arguments:
     x: Activations ``[..., K]``, float32, float16 or bfloat16.
@@ -11,6 +11,7 @@ Arguments:
     input_scale: Bit pattern of the static activation scale ``[1]``, int16; makes activations static INT8.
     bias: ``[N]``, cast to the dtype of ``x``, or ``None``.
     dynamic: Quantize activations to INT8 with one scale per row.
+    asymmetric: With ``dynamic``: rows have a zero point too.
 
 Returns ``[..., N]`` in the dtype of ``x``, under autocast too. The gradient of ``x`` is ``grad @ dequantize(weight)``,
 straight through the rounding of activations (Bengio et al. 2013, https://arxiv.org/abs/1308.3432); packed weights
@@ -32,7 +33,7 @@ from hfquant.numerics.packing import packed_length
 
 _ARGUMENTS = (
     "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? input_scale, Tensor? bias, "
-    "bool dynamic) -> Tensor"
+    "bool dynamic, bool asymmetric) -> Tensor"
 )
 
 
@@ -47,6 +48,7 @@ def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> 
         input_scale: Tensor | None,
         bias: Tensor | None,
         dynamic: bool,
+        asymmetric: bool,
     ) -> Tensor:
         _check_activations(x, weight, name, bits)
         if x.device.type == "cpu":
@@ -54,14 +56,14 @@ def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> 
         bias = None if bias is None else bias.to(x.dtype)
         # Autocast would round the exact integer products to bfloat16 and return another dtype than promised.
         with torch.autocast(x.device.type, enabled=False):
-            out: Tensor = run(name, x, weight, weight_scale, zero_point, input_scale, bias, dynamic)
+            out: Tensor = run(name, x, weight, weight_scale, zero_point, input_scale, bias, dynamic, asymmetric)
             return out
 
     def fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
     define_op(name + _ARGUMENTS, reference=reference, fake=fake, entry=checked)
-    register_native(name, lambda x, w, scale, zero, _, bias, dynamic: _is_native(x, w, scale, zero, bias, bits))
+    register_native(name, lambda x, w, scale, zero, _, bias, *kind: _is_native(x, w, scale, zero, bias, bits))
     register_triton(name, _refuses)
     _register_gradient(name, bits)
     return _with_short_cut(name, bits)
@@ -69,7 +71,7 @@ def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> 
 
 def _register_gradient(name: str, bits: int) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, weight_scale, zero_point, _, bias, _ = inputs
+        x, weight, weight_scale, zero_point, _, bias, *_ = inputs
         ctx.save_for_backward(weight, weight_scale, zero_point)
         ctx.in_features, ctx.has_bias = x.shape[-1], bias is not None
 
@@ -80,7 +82,7 @@ def _register_gradient(name: str, bits: int) -> None:
             grad_x = grad @ values
         if ctx.has_bias and ctx.needs_input_grad[5]:
             grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
-        return grad_x, None, None, None, None, grad_bias, None
+        return grad_x, None, None, None, None, grad_bias, None, None
 
     register_autograd(name, backward, setup_context)
 
@@ -102,12 +104,13 @@ def _with_short_cut(name: str, bits: int) -> Callable[..., Tensor]:
         input_scale: Tensor | None = None,
         bias: Tensor | None = None,
         dynamic: bool = False,
+        asymmetric: bool = False,
     ) -> Tensor:
         trains = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         fits = native.is_active() and _is_native(x, weight, weight_scale, weight_zero_point, bias, bits)
         # An exported program has to run on machines without the native library, and with gradients.
         chosen = native_op if fits and not trains and not torch.compiler.is_exporting() else op
-        out: Tensor = chosen(x, weight, weight_scale, weight_zero_point, input_scale, bias, dynamic)
+        out: Tensor = chosen(x, weight, weight_scale, weight_zero_point, input_scale, bias, dynamic, asymmetric)
         return out
 
     return call

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hfquant.kernels.fake_quant_linear import GridWeight, fake_quant_linear
 from hfquant.nn.fake_quant_module import FakeQuantModule
 from hfquant.nn.packed_module import autocast_input
-from hfquant.nn.quant_experts import QuantExperts
+from hfquant.nn.quant_experts import QuantExperts, one_after_the_other
 
 
 class FakeQuantExperts(FakeQuantModule):
@@ -34,12 +33,8 @@ class FakeQuantExperts(FakeQuantModule):
             self._grids = {}
 
     def _linear(self, name: str, expert: int | Tensor, x: Tensor) -> Tensor:
-        if isinstance(expert, Tensor):  # the ends of the rows of every expert; rows behind the last have none
-            ends = [0, *expert.tolist()]
-            spans = [(e, slice(*span)) for e, span in enumerate(zip(ends, ends[1:], strict=False)) if span[0] < span[1]]
-            parts = [self._linear(name, e, x[rows]) for e, rows in spans]
-            rest = x.new_zeros(x.shape[0] - ends[-1], self.float_weights[name].shape[-2])
-            return torch.cat([*parts, rest.to(parts[0].dtype if parts else x.dtype)])
+        if isinstance(expert, Tensor):
+            return one_after_the_other(self, name, expert, x)
         x, bias = autocast_input(x), self._parameters.get(f"{name}_bias")
         return fake_quant_linear(
             x,

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from hfquant.errors import KernelError
 from hfquant.kernels.fake_quant_linear import GridWeight, learned_scale_from_bits
 from hfquant.kernels.fake_quant_linear.reference import adapted_weight
-from hfquant.nn.packed_module import FloatWeight
+from hfquant.nn.packed_module import FloatWeight, keeping_precision
 from hfquant.numerics.affine import scale_from_bits, scale_to_bits
 from hfquant.numerics.packing import PackedWeight, pack, unpack
+from hfquant.numerics.residual import rounding_residual
 from hfquant.numerics.straight_through import row_codes
 from hfquant.schemes import LayerScheme
 
@@ -186,11 +187,20 @@ class FakeQuantModule(nn.Module):
     @torch.no_grad()
     def codes(self, name: str = "weight", scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
         """Codes of the current state ``[..., N, K]``, int8."""
-        weight = self.float_weights[name].to_rows(self._parameters[name])  # type: ignore[arg-type]
-        adapted = adapted_weight(weight, self.beside(name, "lora_A"), self.beside(name, "lora_B"), self.lora_factor)
+        adapted = self._adapted(name)
         scale = self.scale(name) if scale is None else scale
         zero_point = self.zero_point(name) if zero_point is None else zero_point
         return row_codes(adapted, scale, zero_point, bits=self.scheme.weight.bits)
+
+    def _adapted(self, name: str) -> Tensor:
+        """The weight that is rounded ``[..., N, K]``."""
+        weight = self.float_weights[name].to_rows(self._parameters[name])  # type: ignore[arg-type]
+        return adapted_weight(weight, self.beside(name, "lora_A"), self.beside(name, "lora_B"), self.lora_factor)
+
+    @torch.no_grad()
+    def residual(self, name: str = "weight") -> Tensor:
+        """What rounding takes from the weight ``name``; see ``numerics/residual.py``."""
+        return rounding_residual(self._adapted(name), self.packed(name), bits=self.scheme.weight.bits)
 
     def packed(self, name: str = "weight") -> PackedWeight:
         """The weight of the current state as it is deployed: the codes and scales that the forward computes with."""
@@ -214,7 +224,7 @@ class FakeQuantModule(nn.Module):
         if activation is None:
             return {}
         if activation.dynamic:
-            return {"dynamic": True}
+            return {"dynamic": True, "asymmetric": not activation.symmetric}
         return {"input_log_scale": self.beside(name, "input_log_scale"), "input_scale": self.input_scale(name)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FakeQuantModule":
@@ -222,12 +232,8 @@ class FakeQuantModule(nn.Module):
         device = next(p for p in self._parameters.values() if p is not None).device
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
 
-        def keeping_precision(tensor: Tensor) -> Tensor:
-            probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
-            return tensor.to(probe.device) if probe.dtype.itemsize < tensor.dtype.itemsize else fn(tensor)
-
         self.forget_codes()
-        super()._apply(keeping_precision, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keeping_precision(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:

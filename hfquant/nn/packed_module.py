@@ -9,14 +9,16 @@ For a float parameter ``weight [..., N, K]`` a packed module has plain integer p
     weight_scale       [..., N, K // G]                    int16   bit patterns of bfloat16 scales
     weight_zero_point  [..., N, ceil(K // G * bits / 32)]  int32   packed zero points, asymmetric schemes only
     input_scale        [1]                                 int16   static activation scale, static schemes only
+    weight_residual    [..., N, ceil(K / 8)]               int32   what rounding took, in sixteenths of a step from -7
+                                                                   to 7, in 4 bits; residual schemes only
 
-Beside a parameter called ``gate_up_proj`` stand ``gate_up_proj_scale``, ``gate_up_proj_zero_point`` and
-``gate_up_proj_input_scale``.
+Beside a parameter called ``gate_up_proj`` stand ``gate_up_proj_scale``, ``gate_up_proj_zero_point``,
+``gate_up_proj_input_scale`` and ``gate_up_proj_residual``.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +68,8 @@ NAN_SCALE_BITS = 0x7FC0
 
 
 def companion_name(name: str, suffix: str) -> str:
-    """Name of a parameter beside ``name``: ``scale``, ``zero_point`` or ``input_scale``."""
-    return "input_scale" if (name, suffix) == ("weight", "input_scale") else f"{name}_{suffix}"
+    """Name of a parameter beside ``name``: ``scale``, ``zero_point``, ``input_scale``, ..."""
+    return suffix if name == "weight" and suffix.startswith("input_") else f"{name}_{suffix}"
 
 
 def packed_tensors(name: str, weight: FloatWeight, scheme: LayerScheme) -> dict[str, tuple[torch.dtype, torch.Size]]:
@@ -83,7 +85,22 @@ def packed_tensors(name: str, weight: FloatWeight, scheme: LayerScheme) -> dict[
         tensors[companion_name(name, "zero_point")] = (torch.int32, torch.Size((*rows, words)))
     if scheme.activation is not None and not scheme.activation.dynamic:
         tensors[companion_name(name, "input_scale")] = (torch.int16, torch.Size((1,)))
+    if scheme.residual:
+        tensors[companion_name(name, "residual")] = (
+            torch.int32,
+            torch.Size((*rows, packed_length(weight.in_features, 4))),
+        )
     return tensors
+
+
+def keeping_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn``, but no cast to a narrower dtype: what trains keeps its precision through ``.to(bfloat16)``."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+        return tensor.to(probe.device) if probe.dtype.itemsize < tensor.dtype.itemsize else fn(tensor)
+
+    return apply
 
 
 def packed_bytes(weight: FloatWeight, scheme: LayerScheme) -> int:
@@ -105,6 +122,8 @@ class PackedModule(nn.Module):
     """
 
     _is_hf_initialized = True  # Transformers must not initialise integer weights
+
+    companion_suffixes: ClassVar[tuple[str, ...]] = ("scale", "zero_point", "input_scale", "residual")
 
     scheme: LayerScheme
     float_weights: dict[str, FloatWeight]
@@ -158,11 +177,7 @@ class PackedModule(nn.Module):
 
     def companions(self) -> set[str]:
         """Names of the parameters that exist only because of quantization."""
-        return {
-            companion_name(name, suffix)
-            for name in self.float_weights
-            for suffix in ("scale", "zero_point", "input_scale")
-        }
+        return {companion_name(name, suffix) for name in self.float_weights for suffix in self.companion_suffixes}
 
     def packed(self, name: str = "weight") -> PackedWeight:
         """The packed parameters that stand for the float parameter ``name``."""
@@ -171,6 +186,11 @@ class PackedModule(nn.Module):
         assert weight is not None
         assert scale is not None
         return PackedWeight(weight, scale, get(companion_name(name, "zero_point")))
+
+    @property
+    def W_q(self) -> Tensor:
+        """The codes, by the name that tells PEFT's DoRA to call ``dequantize()`` instead of reading ``weight``."""
+        return self.packed().weight
 
     def packed_parameters(self, name: str = "weight") -> list[tuple[str, Tensor]]:
         """Names and tensors of ``packed(name)``, without those that the scheme does not have."""
@@ -187,6 +207,14 @@ class PackedModule(nn.Module):
     def set_input_scale(self, scale_bits: Tensor, name: str = "weight") -> None:
         """Take ``scale_bits [1]`` (int16) as the static activation scale of ``name``; the scheme must be static."""
         self._parameters[companion_name(name, "input_scale")] = nn.Parameter(scale_bits, requires_grad=False)
+
+    def beside(self, name: str, suffix: str) -> Tensor | None:
+        """The parameter beside ``name``, if there is one."""
+        return self._parameters.get(companion_name(name, suffix))
+
+    def set_residual(self, residual: Tensor, name: str = "weight") -> None:
+        """Take ``residual [..., N, W]`` (int32, packed with 4 bits) as what rounding took from ``name``."""
+        self._parameters[companion_name(name, "residual")] = nn.Parameter(residual, requires_grad=False)
 
     def dequantize(self, name: str = "weight", *, dtype: torch.dtype | None = None) -> Tensor:
         """Float values ``[..., N, K]`` of the parameter ``name`` in ``dtype`` (default ``compute_dtype``)."""
@@ -213,7 +241,7 @@ class PackedModule(nn.Module):
         if activation is None:
             return {}
         if activation.dynamic:
-            return {"dynamic": True}
+            return {"dynamic": True, "asymmetric": not activation.symmetric}
         return {"input_scale": self._parameters[companion_name(name, "input_scale")]}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedModule":

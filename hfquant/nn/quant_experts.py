@@ -92,3 +92,22 @@ class QuantExperts(PackedModule):
             bias=None if bias is None else bias[expert],
             **self.activation_arguments(x, name),
         )
+
+
+def one_after_the_other(experts: Any, name: str, ends: Tensor, x: Tensor) -> Tensor:
+    """``experts._linear`` of every expert on its own rows, for modules that train.
+
+    Args:
+        experts: The module.
+        name: Of the float parameter.
+        ends: The number of rows up to and with each expert; rows behind the last have none.
+        x: Activations ``[M, K]``, rows sorted by expert.
+
+    Returns:
+        ``[M, N]``.
+    """
+    bounds = [0, *ends.tolist()]
+    spans = [(e, slice(*span)) for e, span in enumerate(zip(bounds, bounds[1:], strict=False)) if span[0] < span[1]]
+    parts = [experts._linear(name, e, x[rows]) for e, rows in spans]
+    rest = x.new_zeros(x.shape[0] - bounds[-1], experts.float_weights[name].shape[-2])
+    return torch.cat([*parts, rest.to(parts[0].dtype if parts else x.dtype)])

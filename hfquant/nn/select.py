@@ -1,7 +1,7 @@
 """Which modules of a model are quantized, with which scheme, and why the others are kept."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import gcd
 
 from torch import nn
@@ -217,11 +217,26 @@ def _scheme_for(
         bits = _embedding_bits(name, settings)
         asked = own.group_size if bits == own.bits == 4 else None
         return _fit(bits, "weight_only", asked, own.symmetric, inputs, model_parameters)
-    return _fit(own.bits, own.quantization_type, own.group_size, own.symmetric, inputs, model_parameters)
+    scheme = _fit(
+        own.bits,
+        own.quantization_type,
+        own.group_size,
+        own.symmetric,
+        inputs,
+        model_parameters,
+        own.activation_symmetric,
+    )
+    return replace(scheme, residual=own.keep_residual)
 
 
 def _fit(
-    bits: int, quantization_type: str, group_size: int | None, symmetric: bool, inputs: set[int], model_parameters: int
+    bits: int,
+    quantization_type: str,
+    group_size: int | None,
+    symmetric: bool,
+    inputs: set[int],
+    model_parameters: int,
+    activation_symmetric: bool = True,
 ) -> LayerScheme:
     """The scheme for weights whose rows have the lengths ``inputs``; one that is a single group is per channel."""
     common = gcd(*inputs)  # a group size divides it if and only if it divides them all
@@ -231,7 +246,7 @@ def _fit(
         given = " and ".join(map(str, sorted(inputs)))
         raise SchemeError(f"in_features={given}, group_size={group_size}; use {fitting_group_sizes(common)}")
     size = None if group_size == -1 or inputs == {group_size} else group_size
-    return make_layer_scheme(bits, quantization_type, size, symmetric)  # type: ignore[arg-type]
+    return make_layer_scheme(bits, quantization_type, size, symmetric, activation_symmetric)  # type: ignore[arg-type]
 
 
 def tied_groups(modules: Mapping[str, nn.Module], roles: ModelRoles) -> dict[str, tuple[str, ...]]:

@@ -10,6 +10,10 @@ from hfquant.nn.select import packed_class
 from hfquant.schemes import LayerScheme
 
 
+DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+"""Attribute of a model in which ``DistributedDataParallel`` finds names that it leaves alone."""
+
+
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:
     """All packed modules of ``model`` with their names."""
     for name, module in model.named_modules():
@@ -49,6 +53,7 @@ def restore_modules_(model: nn.Module, dtype: torch.dtype | None = None) -> None
     Modules that shared packed parameters share the float ones afterwards.
     """
     restored: dict[int, tuple[nn.Module, str]] = {}
+    model.__dict__.pop(DDP_IGNORES, None)
     for _, module in list(packed_modules(model)):
         packed = {name: id(module._parameters[name]) for name in module.float_weights}
         module.restore_(dtype)
@@ -58,3 +63,20 @@ def restore_modules_(model: nn.Module, dtype: torch.dtype | None = None) -> None
                 module._parameters[name] = owner._parameters[owner_name]
             else:
                 restored[key] = (module, name)
+
+
+def keep_packed_from_ddp_(model: nn.Module) -> None:
+    """Let ``DistributedDataParallel`` leave packed parameters alone, which every process has from its checkpoint.
+
+    They have no gradient, and neither gloo nor NCCL can send int16. A ``PeftModel`` around ``model`` knows its
+    parameters by longer names, and asks ``model`` for this list all the same.
+    """
+    names = []
+    for name, module in packed_modules(model):
+        for key, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_floating_point():
+                full = f"{name}.{key}" if name else key
+                names += [full, f"base_model.model.{full}", f"base_model.model.{name}.base_layer.{key}"]
+    model.__dict__.pop(DDP_IGNORES, None)
+    if names:
+        model.__dict__[DDP_IGNORES] = names

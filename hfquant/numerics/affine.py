@@ -111,6 +111,32 @@ def choose_row_scale(x: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
+def choose_row_scale_and_zero_point(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Dynamic INT8 grid of each token that spans its range, zero included, in 255 steps.
+
+    Outliers of activations have a sign of their own in most tokens, so that half of a symmetric grid stays empty.
+
+    Args:
+        x: Activations ``[M, K]``, any floating dtype.
+
+    Returns:
+        Scale ``[M, 1]``, float32, not finite where the row or its range is not, and the code of 0.0 ``[M, 1]``, int8.
+
+    References:
+        Jacob et al. 2018, section 2. https://arxiv.org/abs/1712.05877
+    """
+    smallest, largest = code_range(8)
+    if x.shape[-1] == 0:
+        scale = torch.ones(*x.shape[:-1], 1, device=x.device)
+        return scale, torch.zeros_like(scale, dtype=torch.int8)
+    low = x.amin(-1, keepdim=True).clamp_max(0).float()
+    high = x.amax(-1, keepdim=True).clamp_min(0).float()
+    scale = (high - low) / (largest - smallest)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    zero_point = (smallest - torch.round(low / scale)).nan_to_num_(nan=0.0).clamp_(smallest, largest)
+    return scale, zero_point.to(torch.int8)
+
+
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, bits: int) -> Tensor:
     """Nearest codes of ``x``: ``clamp(round(x / scale) + zero_point)``, ties to even.
 

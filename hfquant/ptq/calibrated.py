@@ -18,6 +18,7 @@ from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.select import Selection, packed_class
 from hfquant.numerics.affine import scale_to_bits
 from hfquant.numerics.observers import choose_input_scale
+from hfquant.numerics.residual import rounding_residual
 from hfquant.ptq.awq import equalize_
 from hfquant.ptq.blocks import Call, find_stacks, is_chain, quiet_model, record_calls
 from hfquant.ptq.calibrate import run_batch
@@ -299,6 +300,8 @@ class Calibration:
             is_matrix = originals[key].ndim == 2
             module.load_packed(stacked([part.packed() for part in parts], is_matrix=is_matrix), key)
             module.sqnr_db[key] = min(result.sqnr_db for result in self.results[-len(parts) :])
+            if scheme.residual:
+                module.set_residual(rounding_residual(originals[key], module.packed(key), bits=scheme.weight.bits), key)
             if scheme.quantization_type == "static":
                 module.set_input_scale(self._input_scale(name, key, found), key)
 

@@ -5,6 +5,7 @@ from tqdm.auto import tqdm
 
 from hfquant.nn.select import Selection, packed_class
 from hfquant.nn.swap import swap_modules_
+from hfquant.numerics.residual import rounding_residual
 from hfquant.ptq.store import Store, quantize_and_keep
 
 
@@ -30,15 +31,19 @@ def quantize_modules_(
         module = model.get_submodule(name)
         target = packed_class(module)
         assert target is not None
-        results = {}
-        for key, weight in target.weights_of(module).items():
-            rows, full_name = weight.to_rows(module.get_parameter(key)), f"{name}.{key}"
-            results[key] = quantize_and_keep(rows, scheme.weight, algorithm=algorithm, name=full_name, store=store)
+        rows = {key: weight.to_rows(module.get_parameter(key)) for key, weight in target.weights_of(module).items()}
+        results = {
+            key: quantize_and_keep(values, scheme.weight, algorithm=algorithm, name=f"{name}.{key}", store=store)
+            for key, values in rows.items()
+        }
         target.swap_(module, scheme)
         packed = model.get_submodule(name)
         assert isinstance(packed, target)
         for key, result in results.items():
             packed.load_packed(result.packed, key)
             packed.sqnr_db[key] = result.sqnr_db
+            if scheme.residual:
+                packed.set_residual(rounding_residual(rows[key], result.packed, bits=scheme.weight.bits), key)
+        del rows
     tied = {name: selection.schemes[name] for name in selection.ties}
     swap_modules_(model, tied, selection.ties)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hfquant.nn.select import packed_class
-from hfquant.numerics.affine import choose_row_scale, fake_quantize, split_groups
+from hfquant.numerics.affine import choose_row_scale, choose_row_scale_and_zero_point, fake_quantize, split_groups
 from hfquant.numerics.observers import choose_input_scale
 from hfquant.ptq.quantize_weight import ScaleChooser
 from hfquant.ptq.rtn import choose_rtn
@@ -214,6 +214,8 @@ def round_activations(x: Tensor, scheme: LayerScheme, absmax: Tensor, observer: 
     """What a layer of ``scheme`` multiplies with instead of ``x [S, K]``."""
     if scheme.activation is None:
         return x
-    if scheme.activation.dynamic:
+    if scheme.activation.dynamic and scheme.activation.symmetric:
         return fake_quantize(x, choose_row_scale(x), bits=8)
+    if scheme.activation.dynamic:
+        return fake_quantize(x, *choose_row_scale_and_zero_point(x), bits=8)
     return fake_quantize(x, choose_input_scale(x, absmax, observer), bits=8)

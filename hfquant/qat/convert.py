@@ -45,6 +45,7 @@ def check_blend(model: nn.Module) -> None:
 def convert_module_(module: FakeQuantModule) -> None:
     """Swap one module for its packed form."""
     packed = {key: module.packed(key) for key in module.float_weights}
+    residuals = {key: module.residual(key) for key in module.float_weights} if module.scheme.residual else {}
     input_scales = {key: module.input_scale(key) for key in module.float_weights}
     scheme, dtype = module.scheme, module.compute_dtype
     module.restore_()
@@ -59,6 +60,8 @@ def convert_module_(module: FakeQuantModule) -> None:
         input_scale = input_scales[key]
         if input_scale is not None:
             converted.set_input_scale(scale_to_bits(input_scale), key)
+    for key, residual in residuals.items():
+        converted.set_residual(residual, key)
 
 
 @contextmanager

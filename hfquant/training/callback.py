@@ -1,6 +1,7 @@
 """``QatCallback``: quantization-aware training in any Trainer, and the part of it that ``QuantTrainer`` shares."""
 
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfquant.errors import ConfigError, FormatError
+from hfquant.finetune.adapted import adapted_modules
 from hfquant.hf.config import HfQuantConfig
-from hfquant.hf.qat import QatState, check_something_trains, convert_model_qat, prepare_model_qat, qat_state
+from hfquant.hf.qat import check_something_trains, convert_model_qat, prepare_model_qat, qat_state
+from hfquant.nn.adapted_module import AdaptedModule
+from hfquant.nn.fake_quant_module import FakeQuantModule
 from hfquant.qat.convert import check_blend
 from hfquant.qat.prepare import fake_quant_modules, keep_codes, set_blend
 from hfquant.qat.schedule import blend_at
@@ -25,7 +29,32 @@ SAMPLED_ROWS = 256
 """Rows of each weight whose codes are watched, evenly spread."""
 
 
-class QatCallback(TrainerCallback):
+class CodesCallback(TrainerCallback):
+    """Adds ``code_flips`` to the logs: the share of codes that changed since the last log."""
+
+    def __init__(self) -> None:
+        self.watched: dict[str, Tensor] = {}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add ``code_flips``."""
+        if logs is None or "loss" not in logs or not self.watched:
+            return
+        before, self.watched = self.watched, sampled_codes(model)
+        flipped = sum(int((codes != before[name]).sum()) for name, codes in self.watched.items())
+        logs["code_flips"] = flipped / max(1, sum(codes.numel() for codes in before.values()))
+        if state.log_history:
+            state.log_history[-1]["code_flips"] = logs["code_flips"]
+
+
+class QatCallback(CodesCallback):
     """Quantization-aware training for those who must keep their own Trainer, TRL's ``SFTTrainer`` included.
 
     Prepares the model when the Trainer is made, so it has to be in ``callbacks=[...]`` there; when training ends the
@@ -42,8 +71,8 @@ class QatCallback(TrainerCallback):
     def __init__(
         self, config: HfQuantConfig | None = None, *, blend_steps: int = 0, convert: bool = True, **options: Any
     ) -> None:
+        super().__init__()
         self.config, self.blend_steps, self.convert, self.options = config, blend_steps, convert, options
-        self.watched: dict[str, Tensor] = {}
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -86,24 +115,6 @@ class QatCallback(TrainerCallback):
         for _, module in fake_quant_modules(model):
             module.forget_codes()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Add ``code_flips``: the share of codes that changed since the last log."""
-        if logs is None or "loss" not in logs or not self.watched:
-            return
-        before, self.watched = self.watched, sampled_codes(model)
-        flipped = sum(int((codes != before[name]).sum()) for name, codes in self.watched.items())
-        logs["code_flips"] = flipped / max(1, sum(codes.numel() for codes in before.values()))
-        if state.log_history:
-            state.log_history[-1]["code_flips"] = logs["code_flips"]
-
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
@@ -111,7 +122,7 @@ class QatCallback(TrainerCallback):
         found = qat_state(model)
         folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
         if found is not None and state.is_world_process_zero and folder.is_dir():
-            write_record(folder, found)
+            write_record(folder, found.record())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -128,25 +139,28 @@ class QatCallback(TrainerCallback):
 def sampled_codes(model: nn.Module) -> dict[str, Tensor]:
     """Codes of up to ``SAMPLED_ROWS`` rows of each weight in training, by name."""
     found = {}
-    for name, module in fake_quant_modules(model):
+    modules: list[tuple[str, FakeQuantModule | AdaptedModule]] = [*fake_quant_modules(model), *adapted_modules(model)]
+    for name, module in modules:
         for key in module.float_weights:
             codes = module.codes(key).flatten(0, -2)
             found[f"{name}.{key}"] = codes[:: -(-codes.shape[0] // SAMPLED_ROWS)].clone()
     return found
 
 
-def write_record(folder: Path, state: QatState) -> None:
-    """Write ``hfquant_training.json`` into a checkpoint."""
-    content = state.record() | {"hfquant_version": version("hfquant")}
-    (folder / RECORD).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write ``hfquant_training.json`` into a checkpoint, at once or not at all."""
+    content = dict(record) | {"hfquant_version": version("hfquant")}
+    written = folder / f"{RECORD}.new"
+    written.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    written.replace(folder / RECORD)
 
 
-def check_resumable(folder: Path, state: QatState | None) -> None:
+def check_resumable(folder: Path, record: Mapping[str, Any] | None) -> None:
     """Refuse to resume from a checkpoint of a run that trained something else.
 
     Args:
         folder: The checkpoint.
-        state: Of the model that would resume; ``None`` for a float model.
+        record: Of the run that would resume; ``None`` for a float model.
 
     Raises:
         ConfigError: If the checkpoint is of another mode, variant, adapter or scheme.
@@ -154,8 +168,10 @@ def check_resumable(folder: Path, state: QatState | None) -> None:
     """
     file = folder / RECORD
     if not file.is_file():
-        if state is not None:
-            raise ConfigError(f"{folder}: not a checkpoint of quantization-aware training ({RECORD} is not there)")
+        if record is not None:
+            raise ConfigError(
+                f"{folder}: not a checkpoint of {MODES[record['quantization_mode']]} ({RECORD} is missing)"
+            )
         return
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -163,10 +179,13 @@ def check_resumable(folder: Path, state: QatState | None) -> None:
         raise FormatError(f"{file}: damaged: {error}") from error
     if not isinstance(found, dict):
         raise FormatError(f"{file}: expected an object, found {type(found).__name__}")
-    ours = {"quantization_mode": None} if state is None else json.loads(json.dumps(state.record()))
+    ours = {"quantization_mode": None} if record is None else json.loads(json.dumps(record))
     for name, value in ours.items():
         if found.get(name) != value:
             raise ConfigError(f"{folder} cannot be resumed: {_difference(name, found.get(name), value)}")
+
+
+MODES = {"qat": "quantization-aware training", "finetune": "quantized fine-tuning"}
 
 
 def _difference(name: str, found: Any, ours: Any) -> str:

@@ -14,6 +14,7 @@ from hfquant.hf.config import TARGETS, USER_FIELDS, HfQuantConfig, check_choice,
 
 MODES = ("ptq", "qat")
 VARIANTS = ("full", "lora")
+ADAPTERS = ("grid", "scales", "side")
 OF_THE_RUN = ("dequantize", "seed", *TARGETS)
 """Fields of ``HfQuantConfig`` that are no part of the scheme: training neither loads, nor draws, nor chooses bits."""
 
@@ -44,11 +45,18 @@ class TrainingConfig(TrainingArguments, SchemeFields):
 
     Attributes:
         quantization_mode: ``None`` (off), ``"ptq"`` (quantize when training ends) or ``"qat"`` (train for the grid).
-        enable_quantized_finetuning: Train adapters on a quantized model.
+        enable_quantized_finetuning: Train adapters on a quantized model; see ``prepare_model_for_finetuning``.
         qat_variant: ``"full"`` trains all weights, ``"lora"`` adapters inside the rounding.
+        adapter: Of quantized fine-tuning: ``"grid"`` (codes and scales move), ``"scales"`` (codes stay) or ``"side"``
+            (LoRA beside the weight, through PEFT).
         adapter_rank: Rank of the adapters.
         adapter_alpha: The adapter counts ``alpha / rank`` times; ``None`` takes the rank.
-        qat_scale_learning_rate: Learning rate of the logarithm of scales: a relative change. 0 keeps them.
+        adapter_dropout: Dropout on the input of a ``"side"`` adapter; inside the rounding there is none.
+        adapter_target_modules: Names, parts of names or globs of the quantized layers that get an adapter; ``None``
+            takes all but embeddings and output heads.
+        adapter_modules_to_save: Names, parts of names or globs of float modules that train along, whole; ``None``
+            takes the heads of classifiers.
+        scale_learning_rate: Learning rate of the logarithm of scales: a relative change. 0 keeps them.
         qat_blend_steps: Optimizer steps over which quantization is blended in; 0 starts with all of it.
         calibration_batches: Training batches that static activation ranges are observed on.
         distillation_weight: Share of distillation from the float model in the loss, from 0 to 1.
@@ -61,9 +69,13 @@ class TrainingConfig(TrainingArguments, SchemeFields):
     quantization_mode: str | None = field(default=None, metadata={"help": "Off if not given; ptq or qat."})
     enable_quantized_finetuning: bool = field(default=False, metadata={"help": "Train adapters on a quantized model."})
     qat_variant: str = field(default="full", metadata={"help": "full, or lora: adapters inside the rounding."})
+    adapter: str = field(default="grid", metadata={"help": "Of quantized fine-tuning: grid, scales or side."})
     adapter_rank: int = field(default=16, metadata={"help": "Rank of the adapters."})
     adapter_alpha: float | None = field(default=None, metadata={"help": "Adapters count alpha / rank times."})
-    qat_scale_learning_rate: float = field(default=1e-3, metadata={"help": "Of the logarithm of scales."})
+    adapter_dropout: float = field(default=0.0, metadata={"help": "Of the input of side adapters."})
+    adapter_target_modules: list[str] | None = field(default=None, metadata={"help": "Layers that get an adapter."})
+    adapter_modules_to_save: list[str] | None = field(default=None, metadata={"help": "Float modules to train."})
+    scale_learning_rate: float = field(default=1e-3, metadata={"help": "Of the logarithm of scales."})
     qat_blend_steps: int = field(default=0, metadata={"help": "Steps over which quantization is blended in."})
     calibration_batches: int = field(default=32, metadata={"help": "Batches to observe static ranges on."})
     distillation_weight: float = field(default=0.0, metadata={"help": "Share of distillation in the loss."})
@@ -80,11 +92,18 @@ class TrainingConfig(TrainingArguments, SchemeFields):
         check_choice("quantization_mode", self.quantization_mode, MODES)
         check_choice("qat_variant", self.qat_variant, VARIANTS)
         check_choice("enable_quantized_finetuning", self.enable_quantized_finetuning, (True, False))
+        check_choice("adapter", self.adapter, ADAPTERS)
         _check_number("adapter_rank", self.adapter_rank, int, 1, None)
-        _check_number("qat_scale_learning_rate", self.qat_scale_learning_rate, float, 0, None)
+        _check_number("adapter_dropout", self.adapter_dropout, float, 0, 1)
+        _check_number("scale_learning_rate", self.scale_learning_rate, float, 0, None)
         _check_number("qat_blend_steps", self.qat_blend_steps, int, 0, None)
         _check_number("calibration_batches", self.calibration_batches, int, 1, None)
         _check_number("distillation_weight", self.distillation_weight, float, 0, 1)
+        if self.adapter_dropout and self.adapter != "side":
+            raise ConfigError(
+                f"adapter_dropout={self.adapter_dropout} with adapter={self.adapter!r}: what is rounded cannot be "
+                "dropped at random, or the saved codes were never computed with; use adapter='side', or 0"
+            )
         if not self.distillation_temperature > 0:
             raise ConfigError(f"distillation_temperature={self.distillation_temperature!r}: expected more than 0")
         if self.distillation_weight and self.quantization_mode != "qat":

@@ -1,5 +1,6 @@
 """``QuantTrainer``: Transformers' ``Trainer``, ending in a model that really is quantized."""
 
+import inspect
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -15,12 +16,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hfquant.errors import ConfigError, FormatError
 from hfquant.formats.headers import read_headers
 from hfquant.hf.config import HfQuantConfig
+from hfquant.hf.finetune import finetune_state
+from hfquant.hf.finetune_checkpoint import load_finetune_checkpoint_, save_training_state
 from hfquant.hf.qat import converted_model, prepare_model_qat, qat_state
 from hfquant.hf.quantize import quantize_model_ptq
 from hfquant.qat.distill import distillation_loss, teacher_copy
 from hfquant.qat.prepare import bypassed
 from hfquant.training.callback import QatCallback, check_resumable, write_record
 from hfquant.training.config import TrainingConfig
+from hfquant.training.finetune_callback import SavingFinetuneCallback
+from hfquant.training.finetuning import ready_to_finetune, training_record
+from hfquant.training.staged_checkpoints import StagedCheckpoints
 
 
 SCALE_SUFFIX = "_log_scale"
@@ -29,11 +35,13 @@ AVERAGING = re.compile(r"EMA|SWA|Averag")
 """In the class name of a callback: it averages weights."""
 
 
-class QuantTrainer(Trainer):
+class QuantTrainer(StagedCheckpoints):
     """``Trainer`` for a ``TrainingConfig``; with quantization off it is Transformers' own.
 
     ``quantization_mode="qat"`` prepares the model at once, before an optimizer exists; ``save_model`` saves the
     quantized model of the current state, and training can go on. ``"ptq"`` quantizes the model when training ends.
+    ``enable_quantized_finetuning=True`` takes a quantized model and trains adapters on it; ``save_model`` saves the
+    quantized model of the current state (with ``adapter="side"``: the adapter).
 
     Args:
         *args: As for ``Trainer``.
@@ -46,19 +54,30 @@ class QuantTrainer(Trainer):
     """
 
     args: TrainingConfig
+    current_gradient_accumulation_steps = 1  # which train() sets, and training_step reads
 
     def __init__(self, *args: Any, teacher_model: nn.Module | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        given = inspect.signature(Trainer.__init__).bind(self, *args, **kwargs)
+        if getattr(given.arguments.get("args"), "enable_quantized_finetuning", False):
+            # The Trainer refuses a quantized model that nothing can train in.
+            given.arguments["model"] = ready_to_finetune(given.arguments.get("model"), given.arguments["args"])
+        super().__init__(*given.args[1:], **given.kwargs)
         self._mode: str | None = getattr(self.args, "quantization_mode", None)
         self._teacher, self._saves_checkpoint = teacher_model, False
         if getattr(self.args, "enable_quantized_finetuning", False):
-            raise ConfigError("enable_quantized_finetuning=True: this version cannot fine-tune quantized models yet")
+            self._mode = "finetune"
+        self.stages = self._mode is not None
         if self._mode is None:
             return
         if self.model_init is not None:
             raise ConfigError(f"quantization_mode={self._mode!r} needs model=..., not model_init=...")
         if self._mode == "qat":
             self._prepare()
+        if self._mode == "finetune" and self.args.adapter != "side":
+            self._freeze_scales()
+            self.callback_handler.callbacks.insert(0, SavingFinetuneCallback())
+            if self.args.gradient_checkpointing and isinstance(self.model, PreTrainedModel):
+                self.model.enable_input_require_grads()  # reentrant checkpoints need it: the embeddings are frozen
 
     def _prepare(self) -> None:
         args, model = self.args, self.model
@@ -77,11 +96,14 @@ class QuantTrainer(Trainer):
             )
         if self._teacher is not None:
             self._teacher = self._teacher.to(args.device).eval()
-        if args.qat_scale_learning_rate == 0:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(parameter.requires_grad and not name.endswith(SCALE_SUFFIX))
+        self._freeze_scales()
         # First, so that what it adds to the logs is there for every other callback.
         self.callback_handler.callbacks.insert(0, QatCallback(blend_steps=args.qat_blend_steps, convert=False))
+
+    def _freeze_scales(self) -> None:
+        if self.args.scale_learning_rate == 0:
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and not name.endswith(SCALE_SUFFIX))
 
     def _calibration_batches(self) -> Iterator[Any]:
         """The first batches of the training data, in order; each process takes its share."""
@@ -124,7 +146,7 @@ class QuantTrainer(Trainer):
         """As ``Trainer.create_optimizer``; scales get their own learning rate and no weight decay."""
         given = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if self._mode != "qat":
+        if self._mode not in ("qat", "finetune"):
             return optimizer
         named = self.model.named_parameters()
         scales = {id(p): p for name, p in named if name.endswith(SCALE_SUFFIX) and p.requires_grad}
@@ -137,7 +159,7 @@ class QuantTrainer(Trainer):
         if scales and not given:
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in scales]
-            rate = self.args.qat_scale_learning_rate
+            rate = self.args.scale_learning_rate
             optimizer.add_param_group({"params": list(scales.values()), "lr": rate, "weight_decay": 0.0})
         return optimizer
 
@@ -204,27 +226,37 @@ class QuantTrainer(Trainer):
             self._saves_checkpoint = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        state = qat_state(self.model)
-        if state is None:
-            super()._save(output_dir, state_dict)
-        elif self._saves_checkpoint:
-            super()._save(output_dir, state_dict)
-            if self.args.should_save:
-                write_record(Path(output_dir or self.args.output_dir), state)
-        elif state_dict is not None:
+        record, folder = training_record(self.model, self.args), Path(output_dir or self.args.output_dir)
+        packs = finetune_state(self.model) is not None
+        if state_dict is not None and (packs or (qat_state(self.model) is not None and not self._saves_checkpoint)):
             raise ConfigError(
                 "a model sharded by FSDP or DeepSpeed cannot be converted; load the checkpoint in one process"
             )
-        else:
+        if qat_state(self.model) is not None and not self._saves_checkpoint:
             with converted_model(self.model):
                 super()._save(output_dir)
+            return
+        super()._save(output_dir, state_dict)
+        if record is not None and self._saves_checkpoint and self.args.should_save:
+            if packs:
+                save_training_state(self.model, folder)
+            write_record(folder, record)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state = qat_state(self.model)
-        check_resumable(Path(resume_from_checkpoint), state)
-        if state is not None:
-            _check_names(Path(resume_from_checkpoint), self.model)
+        folder = Path(resume_from_checkpoint)
+        check_resumable(folder, training_record(self.model, self.args))
+        if finetune_state(self.model) is not None:
+            load_finetune_checkpoint_(self.model, folder)
+            return
+        if qat_state(self.model) is not None:
+            _check_names(folder, self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if finetune_state(self.model) is None:
+            super()._load_best_model()
+        else:
+            load_finetune_checkpoint_(self.model, Path(self.state.best_model_checkpoint))
 
 
 def _is_static(config: HfQuantConfig) -> bool:

@@ -46,6 +46,36 @@ def test_every_training_config_trains(
     assert [name for name in weights if not torch.equal(weights[name], resumed[name])] == []
 
 
+@pytest.mark.parametrize("adapter", ["grid", "scales"])
+def test_every_finetuning_config_trains(
+    adapter: str, float_model: Path, tmp_path: Path, run_json: Callable[..., Any]
+) -> None:
+    text, small, quantized = tmp_path / "text.txt", tmp_path / "run.yaml", tmp_path / "quantized"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 30)
+    run_json("quantize", float_model, "-o", quantized, "--bits", "4", "--keep-residual")
+    path = TRAINING[0].parent / f"finetune-int4-{adapter}.yaml"
+    dropped = ("max_steps", "warmup_steps", "context", "logging_steps", "save_steps", "scale_learning_rate")
+    lines = [line for line in path.read_text().splitlines(keepends=True) if not line.startswith(dropped)]
+    small.write_text(
+        "".join(lines) + "max_steps: 2\ncontext: 16\nlogging_steps: 1\nsave_steps: 1\nuse_cpu: true\n"
+        "scale_learning_rate: 0.05\n"
+    )
+    out = tmp_path / "out"
+    given = ("train", "--config", small, "--model", quantized, "--text", text, "-o", out)
+    summary = run_json(*given)
+    assert (summary["mode"], summary["steps"]) == ("finetune", 2)
+    info = get_quantization_info(AutoModelForCausalLM.from_pretrained(out))
+    assert info.finetuning.adapter == adapter
+    assert info.finetuning.residual == ("ptq" if adapter == "grid" else None)
+    assert info.finetuning.scales_moved > 0
+    assert (out / "tokenizer.json").is_file()
+    weights = load_file(out / "model.safetensors")
+    shutil.rmtree(tmp_path / "out-checkpoints" / "checkpoint-2")
+    run_json(*given, "--resume", "--overwrite")  # from the first step
+    resumed = load_file(out / "model.safetensors")
+    assert [name for name in weights if not torch.equal(weights[name], resumed[name])] == []
+
+
 def test_what_is_missing_or_unknown_is_named(float_model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("quantization_mode: qat\n")

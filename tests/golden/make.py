@@ -19,7 +19,8 @@ HERE = Path(__file__).parent
 
 GOLDEN: dict[str, dict[str, Any]] = {
     "int4-g16": {"quantization_bits": 4, "group_size": 16, "embedding_bits": 4},
-    "int8-dynamic": {"quantization_bits": 8},
+    "int8-dynamic": {"quantization_bits": 8, "activation_symmetric": True},
+    "int8-dynamic-asymmetric": {"quantization_bits": 8},
     "int4-asymmetric": {"quantization_bits": 4, "symmetric": False, "embedding_bits": 16},
 }
 

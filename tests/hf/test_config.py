@@ -97,8 +97,8 @@ def test_overrides_change_single_layers() -> None:
     }
     model = quantize_model_ptq(build("llama"), quantization_bits=4, overrides=overrides, progress=False)
     schemes = {q.name.removesuffix(".weight"): q.scheme for q in get_quantization_info(model).quantized}
-    assert schemes["model.layers.0.mlp.up_proj"] == "int8-channel-dynamic"
-    assert schemes["model.layers.1.mlp.up_proj"] == "int8-g16-dynamic"
+    assert schemes["model.layers.0.mlp.up_proj"] == "int8-channel-dynamic-asym"
+    assert schemes["model.layers.1.mlp.up_proj"] == "int8-g16-dynamic-asym"
     assert schemes["model.layers.1.self_attn.q_proj"] == "int4-g16"
     reasons = {k.name: k.reason for k in get_quantization_info(model).kept}
     assert reasons["model.layers.0.self_attn.q_proj.weight"] == "overrides: quantization_bits=16"

@@ -20,7 +20,7 @@ from tests.support.tiny_models import build, output, text_inputs
 pytest.importorskip("compressed_tensors")
 
 CT_DIVISOR = 127.5
-"""compressed-tensors takes absmax / 127.5 for dynamic INT8; hfquant and vLLM take absmax / 127."""
+"""compressed-tensors takes absmax / 127.5 for symmetric dynamic INT8; hfquant and vLLM take absmax / 127."""
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "w4a16-g32": {"quantization_bits": 4, "group_size": 32},
@@ -28,6 +28,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "w8a16-channel": {"quantization_bits": 8, "quantization_type": "weight_only"},
     "w8a16-g32": {"quantization_bits": 8, "quantization_type": "weight_only", "group_size": 32},
     "w8a8-dynamic": {"quantization_bits": 8},
+    "w8a8-dynamic-symmetric": {"quantization_bits": 8, "activation_symmetric": True},
     "w8a8-static": {"quantization_type": "static", "calibration_data": [text_inputs()]},
     "w4a8-g32": {"quantization_bits": 4, "quantization_type": "dynamic", "group_size": 32},
     "w4a8-static": {"quantization_bits": 4, "quantization_type": "static", "calibration_data": [text_inputs()]},
@@ -160,6 +161,7 @@ ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "w8a8-groups": ({"quantization_bits": 8, "group_size": 32}, {"engine": "vllm"}, "one scale per channel"),
     "w4a8": ({"quantization_bits": 4, "quantization_type": "dynamic"}, {"engine": "sglang"}, "weight_only"),
     "asymmetric": ({"quantization_bits": 4, "symmetric": False}, {"engine": "transformers"}, "symmetric=True"),
+    "asymmetric-activations": ({"quantization_bits": 8}, {"engine": "sglang"}, "activation_symmetric=True"),
     "asymmetric-w8a8": ({"quantization_bits": 8, "symmetric": False}, {"engine": "vllm"}, "symmetric=True"),
     "fused": ({"quantization_bits": 4, "skip_modules": ["k_proj"]}, {"engine": "vllm"}, "are fused.*float, int4"),
     "parallel": (

@@ -31,6 +31,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "w4a16-asym": ({"quantization_bits": 4, "group_size": 32, "symmetric": False}, "compressed-tensors"),
     "w8a16": ({"quantization_bits": 8, "quantization_type": "weight_only"}, "compressed-tensors"),
     "w8a8-dynamic": ({"quantization_bits": 8}, "compressed-tensors"),
+    "w8a8-symmetric": ({"quantization_bits": 8, "activation_symmetric": True}, "compressed-tensors"),
     "w8a8-static": ({"quantization_type": "static", "calibration_data": [text_inputs()]}, "compressed-tensors"),
     "w4a8": ({"quantization_bits": 4, "quantization_type": "dynamic"}, "compressed-tensors"),
     "mixed": ({"quantization_bits": 4, "overrides": {"o_proj": {"quantization_bits": 8}}}, "compressed-tensors"),

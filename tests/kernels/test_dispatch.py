@@ -98,8 +98,8 @@ def test_ops_know_their_shapes_on_devices_that_are_not_here() -> None:
         packed = make(64, 16, dtype=torch.int32), make(64, 4, dtype=torch.int16), None
         x, experts = make(2, 3, 128), (packed[0].unsqueeze(0), packed[1].unsqueeze(0))
         outputs = [
-            torch.ops.hfquant.int4_linear(x, *packed, None, make(64), False),
-            torch.ops.hfquant.int8_linear(x, make(64, 32, dtype=torch.int32), packed[1], None, None, None, True),
+            torch.ops.hfquant.int4_linear(x, *packed, None, make(64), False, False),
+            torch.ops.hfquant.int8_linear(x, make(64, 32, dtype=torch.int32), packed[1], None, None, None, True, True),
             dequantize_weight(*packed, bits=4, in_features=128, dtype=torch.bfloat16),
             quant_embedding(make(2, 3, dtype=torch.int64), *packed, bits=4, embedding_dim=128, dtype=torch.bfloat16),
             quantize_rows(x)[0],
@@ -205,11 +205,11 @@ def test_opcheck_of_the_new_ops() -> None:
     calls = [
         (ops.fake_quantize.default, (delta.requires_grad_(), scale.requires_grad_(), zero, 4)),
         (ops.fake_quantize_backward.default, (torch.ones(6, 64), delta.detach(), scale.detach(), None, 4)),
-        (ops.grid_weight.default, (codes, residual, delta, scale, torch.bfloat16)),
-        (ops.grid_weight_backward.default, (torch.ones(6, 64), codes, None, delta.detach(), scale.detach())),
+        (ops.grid_weight.default, (codes, residual, delta, scale, None, 4, torch.bfloat16)),
+        (ops.grid_weight_backward.default, (torch.ones(6, 64), codes, None, delta.detach(), scale.detach(), None, 4)),
         (
             ops.expert_linear.default,
-            (case.x.requires_grad_(), ends, *experts, case.bias[None].requires_grad_(), False, 4),
+            (case.x.requires_grad_(), ends, *experts, case.bias[None].requires_grad_(), False, False, 4),
         ),
     ]
     for op, arguments in calls:

@@ -38,7 +38,7 @@ def grid_of(weight: Tensor, bits: int, group: int | None, symmetric: bool, *, lo
 def arguments(kind: str) -> dict[str, Any]:
     if kind == "static":
         return {"input_scale": STEP.clone(), "input_log_scale": torch.zeros(1, requires_grad=True)}
-    return {"dynamic": kind == "dynamic"}
+    return {"dynamic": kind.startswith("dynamic"), "asymmetric": kind == "dynamic-asym"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -55,9 +55,10 @@ def test_forward_is_the_deployed_formula(
     weight = grid.weight + (0.5 * (grid.lora_b @ grid.lora_a) if lora else 0)
     codes = row_codes(weight.detach(), grid.scale, grid.zero_point, bits=bits)
     zero = None if grid.zero_point is None else pack(grid.zero_point, bits=bits)
+    flags = (kind.startswith("dynamic"), kind == "dynamic-asym")
     static = scale_to_bits(given["input_scale"]) if kind == "static" else None
     packed = (pack(codes, bits=bits), scale_to_bits(grid.scale), zero)
-    deployed = quant_linear_reference(x, *packed, static, bias.to(dtype), kind == "dynamic", bits=bits)
+    deployed = quant_linear_reference(x, *packed, static, bias.to(dtype), *flags, bits=bits)
     assert out.dtype == dtype
     assert torch.equal(out, deployed)
     kept = fake_quant_linear(x, grid._replace(codes=codes), bits=bits, bias=bias, lora_factor=0.5, **given)
@@ -80,9 +81,18 @@ def formula_gradients(grid: GridWeight, x: Tensor, grad: Tensor, bits: int, kind
     weight = weight + blend * (values.flatten(-2) - weight)
     inputs, u = leaves["x"], torch.zeros(1, dtype=dtype, requires_grad=True)
     if kind != "weight_only":
-        absmax = inputs.detach().abs().amax(-1, keepdim=True) / 127
-        step = absmax if kind == "dynamic" else STEP.to(dtype) * u.exp()
-        inputs = inputs + blend * (_straight(inputs / step, 8) * step - inputs)
+        fixed, code_of_zero = inputs.detach(), 0.0
+        step = fixed.abs().amax(-1, keepdim=True) / 127
+        if kind == "dynamic-asym":
+            low = fixed.amin(-1, keepdim=True).clamp(max=0)
+            step = (fixed.amax(-1, keepdim=True).clamp(min=0) - low) / 255
+            code_of_zero = -128 - torch.round(low / step)
+        elif kind == "static":
+            step = STEP.to(dtype) * u.exp()
+        values = _straight(inputs / step, 8, code_of_zero) - code_of_zero
+        if kind == "dynamic-asym":  # the ends of the range can round to a code beyond the last; gradients go through
+            values = inputs / step + (values - inputs / step).detach()
+        inputs = inputs + blend * (values * step - inputs)
     (inputs @ weight.t() * grad.to(dtype)).sum().backward()
     wanted = ["x", "log_scale"] + (["lora_a", "lora_b"] if "lora_a" in leaves else ["weight"])
     return [leaves[name].grad for name in wanted] + ([u.grad] if kind == "static" else [])
@@ -126,7 +136,7 @@ def test_nothing_is_saved_but_inputs() -> None:
 def test_ops_are_well_formed() -> None:
     grid, x = grid_of(torch.randn(N, K), 4, 16, False, lora=True), torch.randn(M, K, requires_grad=True)
     static = (torch.zeros(1, requires_grad=True), STEP)
-    given = (x, *grid, *static, torch.randn(N, requires_grad=True), 0.5, False, 4, 0.5)
+    given = (x, *grid, *static, torch.randn(N, requires_grad=True), 0.5, False, False, 4, 0.5)
     torch.library.opcheck(torch.ops.hfquant.fake_quant_linear.default, given)
     ids = torch.tensor([[1, 3], [3, 0]])
     torch.library.opcheck(torch.ops.hfquant.fake_quant_embedding.default, (ids, *grid[:4], -1, 4, 1.0, torch.bfloat16))

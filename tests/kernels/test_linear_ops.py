@@ -8,7 +8,7 @@ import torch
 
 from hfquant.errors import KernelError
 from hfquant.kernels import integer_matmul
-from tests.support.linear_case import DTYPES, KINDS, LinearCase
+from tests.support.linear_case import DTYPES, INTEGER_KINDS, KINDS, LinearCase
 from tests.support.tolerance import assert_close
 
 
@@ -33,7 +33,7 @@ def test_linear_is_the_product_with_the_grid(
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fastest", "float"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", INTEGER_KINDS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_integer_products_are_scaled_once(
     bits: int, kind: str, dtype: torch.dtype, fast: bool, monkeypatch: pytest.MonkeyPatch
@@ -147,7 +147,9 @@ def test_opcheck(bits: int, symmetric: bool, kind: str) -> None:
     case = LinearCase(3, 64, 5, bits, 32, symmetric)
     op = torch.ops.hfquant.int4_linear if bits == 4 else torch.ops.hfquant.int8_linear
     given = case.arguments(kind)
-    scale, dynamic = given.get("input_scale"), given.get("dynamic", False)
+    kind_arguments = (bool(given.get("dynamic")), bool(given.get("asymmetric")))
     for bias in (case.bias.requires_grad_(), None):
-        results = torch.library.opcheck(op.default, (case.x.requires_grad_(), *case.packed, scale, bias, dynamic))
+        results = torch.library.opcheck(
+            op.default, (case.x.requires_grad_(), *case.packed, given.get("input_scale"), bias, *kind_arguments)
+        )
         assert set(results.values()) == {"SUCCESS"}

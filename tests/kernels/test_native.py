@@ -5,6 +5,7 @@ import multiprocessing
 import subprocess
 import sys
 import threading
+from itertools import product
 
 import pytest
 import torch
@@ -14,13 +15,15 @@ from hfquant.errors import KernelError
 from hfquant.kernels import native
 from hfquant.kernels.dequantize import dequantize_weight
 from hfquant.kernels.dispatch import choices
+from hfquant.kernels.grid_weight.reference import grid_weight_backward_reference, grid_weight_reference
 from hfquant.kernels.int8_linear.reference import quant_linear_reference
 from hfquant.kernels.quantize_rows import quantize_rows
 from hfquant.kernels.quantize_rows.reference import quantize_rows_reference
-from hfquant.numerics.affine import scale_to_bits
-from tests.support.linear_case import DTYPES, KINDS, LinearCase
+from hfquant.numerics.affine import code_range, scale_to_bits
+from hfquant.numerics.packing import pack
+from tests.support.linear_case import DTYPES, INTEGER_KINDS, KINDS, LinearCase
 from tests.support.packed import pack_
-from tests.support.tolerance import assert_close
+from tests.support.tolerance import GRADIENT_FACTOR, assert_close
 
 
 SETS = [name for name, usable in native.instruction_sets().items() if usable]
@@ -38,12 +41,12 @@ def instruction_set(request: pytest.FixtureRequest) -> object:
 
 def reference(case: LinearCase, x: Tensor, kind: str, bias: Tensor | None) -> Tensor:
     given = case.arguments(kind)
-    scale, dynamic = given.get("input_scale"), given.get("dynamic", False)
-    return quant_linear_reference(x, *case.packed, scale, bias, dynamic, bits=case.bits)
+    scale, dynamic, asymmetric = (given.get(name) for name in ("input_scale", "dynamic", "asymmetric"))
+    return quant_linear_reference(x, *case.packed, scale, bias, bool(dynamic), bool(asymmetric), bits=case.bits)
 
 
 @pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", INTEGER_KINDS)
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_integer_layers_are_the_reference_bit_for_bit(bits: int, m: int, kind: str) -> None:
@@ -74,6 +77,9 @@ def test_the_largest_sums_are_exact(value: int) -> None:
         case.packed = (torch.full_like(case.packed[0], 0 if value < 0 else -1), *case.packed[1:])
         x = torch.full((m, k), -300.0) * float(case.input_scale)  # saturates at -128
         assert torch.equal(case.run(x, "static"), reference(case, x, "static", None))
+        for sign in (-1, 1):  # rows without a value of the other sign have all 255 steps on one side
+            x = sign * torch.rand(m, k)
+            assert torch.equal(case.run(x, "dynamic-asym"), reference(case, x, "dynamic-asym", None))
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -81,11 +87,14 @@ def test_the_largest_sums_are_exact(value: int) -> None:
 def test_codes_of_activations_are_exact(dtype: torch.dtype) -> None:
     halves = torch.arange(-130, 130).repeat(2).float() / 2  # ties
     rows = [halves * 2.0**e for e in (-130, -100, 0, 3, 100) if dtype == torch.float32 or e in (0, 3)]
-    x = torch.stack([*rows, torch.randn(520) * 3, torch.zeros(520)]).to(dtype)
+    x = torch.stack([*rows, torch.randn(520) * 3, torch.rand(520), -torch.rand(520), torch.zeros(520)]).to(dtype)
     for scale in (None, torch.tensor([0.5]), torch.tensor([3e-5])):
-        found, expected = quantize_rows(x, scale), quantize_rows_reference(x, scale)
-        assert torch.equal(found[0], expected[0])
-        assert torch.equal(found[1], expected[1].expand_as(found[1]))
+        for asymmetric in (False, True):
+            found = quantize_rows(x, scale, asymmetric=asymmetric)
+            expected = quantize_rows_reference(x, scale, asymmetric)
+            assert torch.equal(found[0], expected[0])
+            assert torch.equal(found[1], expected[1].expand_as(found[1]))
+            assert torch.equal(found[2], expected[2])
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -182,3 +191,35 @@ def test_the_environment_chooses() -> None:
             [sys.executable, "-c", program], env={"HFQUANT_KERNELS": choice}, capture_output=True, text=True, check=True
         )
         assert done.stdout.startswith(expected)
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_of_grid_adapters_are_those_of_the_reference(bits: int, isa: str) -> None:
+    low, high = code_range(bits)
+    for n, k, group in ((3, 64, 16), (5, 1100, 1100), (2, 1536, 512), (1, 40, 8), (4, 36, 12)):
+        for symmetric, kept, dtype in product((True, False), (True, False), (torch.float32, torch.bfloat16)):
+            codes = pack(torch.randint(low, high + 1, (n, k), dtype=torch.int8), bits=bits)
+            residual = pack(torch.randint(-7, 8, (n, k), dtype=torch.int8), bits=4) if kept else None
+            delta = torch.randn(n, k) * 2
+            delta[0, :8] = torch.tensor([0.5, -0.5, 1.5, 1e9, -1e9, torch.inf, 7.5, -8.5])  # ties, and clipped ones
+            delta[-1, -1] = torch.nan
+            scale = (torch.rand(n, k // group) + 0.5) * torch.tensor([-1.0, 1.0])[torch.randint(2, (n, k // group))]
+            zero = pack(torch.randint(low, high + 1, (n, k // group), dtype=torch.int8), bits=bits)
+            zero = None if symmetric else zero
+            arguments = codes, residual, delta, scale, zero, bits
+            expected = grid_weight_reference(*arguments, dtype)
+            grad = torch.randn(n, k)
+            expected_delta, expected_scale = grid_weight_backward_reference(grad, *arguments)
+            with native.selected(isa):
+                found = torch.ops.hfquant.grid_weight_cpu(*arguments, dtype)
+                assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+                assert torch.equal(found, torch.ops.hfquant.grid_weight(*arguments, dtype)) or bool(found.isnan().any())
+                found_delta, found_scale = torch.ops.hfquant.grid_weight_backward(grad, *arguments)
+            assert torch.equal(found_delta, expected_delta)
+            wide = torch.ops.hfquant.grid_weight_backward(
+                grad.double(), codes, residual, delta.double(), scale.double(), zero, bits
+            )[1]
+            assert bool(found_scale[-1, -1].isnan())
+            fine = ~found_scale.isnan()
+            assert_close(found_scale[fine], wide[fine], expected_scale[fine], factor=GRADIENT_FACTOR)

@@ -70,7 +70,7 @@ def test_ids_outside_the_table_are_refused(bad: int) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (5, 40), (64, 7), (0, 8)], ids=str)
 def test_rows_are_quantized_one_by_one(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x = torch.randn(shape).to(dtype)
-    codes, scale = quantize_rows(x)
+    codes, scale, _ = quantize_rows(x)
     assert scale.shape == (shape[0], 1)
     assert torch.equal(scale, x.float().abs().amax(1, keepdim=True) / 127)
     assert torch.equal(codes, (x.float() / scale).round().to(torch.int8))
@@ -79,7 +79,7 @@ def test_rows_are_quantized_one_by_one(shape: tuple[int, int], dtype: torch.dtyp
 
 def test_rows_of_any_layout() -> None:
     x = torch.randn(40, 5)
-    codes, scale = quantize_rows(x.t())
+    codes, scale, _ = quantize_rows(x.t())
     expected = quantize_rows(x.t().contiguous())
     assert torch.equal(codes, expected[0])
     assert torch.equal(scale, expected[1])
@@ -87,14 +87,14 @@ def test_rows_of_any_layout() -> None:
 
 def test_bad_rows_have_bad_scales_and_codes_all_the_same() -> None:
     x = torch.tensor([[1.0, math.nan], [math.inf, 1.0], [0.0, 0.0], [-127.0, 63.5]])
-    codes, scale = quantize_rows(x)
+    codes, scale, _ = quantize_rows(x)
     assert torch.isfinite(scale).flatten().tolist() == [False, False, True, True]
     assert codes[2:].tolist() == [[0, 0], [-127, 64]]
 
 
 def test_static_rows_share_the_stored_scale() -> None:
     x = torch.tensor([[0.5, -3.0, 100.0], [0.0, math.nan, 1.0], [math.inf, -math.inf, 0.75]])
-    codes, scale = quantize_rows(x, torch.tensor([0.5]))
+    codes, scale, _ = quantize_rows(x, torch.tensor([0.5]))
     assert codes[0].tolist() == [1, -6, 127]
     assert codes[2].tolist() == [127, -128, 2]
     assert scale[[0, 2]].flatten().tolist() == [0.5, 0.5]
@@ -109,8 +109,20 @@ def test_opcheck(bits: int, symmetric: bool) -> None:
     calls = [
         (torch.ops.hfquant.dequantize.default, (*table, bits, 32, torch.bfloat16)),
         (torch.ops.hfquant.quant_embedding.default, (ids, *table, bits, 32, torch.bfloat16)),
-        (torch.ops.hfquant.quantize_rows.default, (torch.randn(3, 8), None)),
-        (torch.ops.hfquant.quantize_rows.default, (torch.randn(3, 8), torch.tensor([0.5]))),
+        (torch.ops.hfquant.quantize_rows.default, (torch.randn(3, 8), None, False)),
+        (torch.ops.hfquant.quantize_rows.default, (torch.randn(3, 8), None, True)),
+        (torch.ops.hfquant.quantize_rows.default, (torch.randn(3, 8), torch.tensor([0.5]), False)),
     ]
     for op, arguments in calls:
         assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_asymmetric_rows_span_their_range(dtype: torch.dtype) -> None:
+    x = torch.cat([torch.randn(6, 40), torch.rand(1, 40), -torch.rand(1, 40), torch.zeros(1, 40)]).to(dtype)
+    codes, scale, zero_point = quantize_rows(x, asymmetric=True)
+    low, high = x.float().amin(1).clamp(max=0), x.float().amax(1).clamp(min=0)
+    assert torch.equal(scale[:-1].flatten(), ((high - low) / 255)[:-1])
+    assert zero_point[-3:].flatten().tolist() == [-128, 127, -128]
+    values = (codes.double() - zero_point) * scale.double()
+    assert bool(((values - x.double()).abs() <= scale.double() * (0.5 + 2**-15) + 1e-30).all())

@@ -109,14 +109,16 @@ def test_more_packed_matmuls(name: str, capability: int) -> None:
 
 
 @pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["sym", "asym"])
 @pytest.mark.parametrize(("m", "limit"), [(1, 0.9), (16, 1.0), (64, 1.2), (512, 4.0), (4096, 4.0)])
-def test_int8_matmul(m: int, limit: float, capability: int) -> None:
-    kernel, tile, warps = int8.choose_kernel(4096 if m == 512 else 14336, m, 4096, DEVICE)
+def test_int8_matmul(m: int, limit: float, asymmetric: bool, capability: int) -> None:
+    kernel, tile, warps = int8.choose_kernel(4096 if m == 512 else 14336, m, 4096, DEVICE, asymmetric=asymmetric)
     pointers = {
         "x_ptr": "*i8",
         "w_ptr": "*i8",
         "sw_ptr": "*bf16",
         "sx_ptr": "*fp32",
+        "zx_ptr": "*i8" if asymmetric else None,
         "bias_ptr": "*bf16",
         "out_ptr": "*bf16",
     }
@@ -125,6 +127,7 @@ def test_int8_matmul(m: int, limit: float, capability: int) -> None:
     fits(built, capability)
     assert built.has(r"\b(IGMMA|IMMA|UTC\w*MMA)\b")
     assert built.has(WIDE_LOAD)
+    limit += 0.35 * asymmetric  # the product with ones
     assert len(built.loop()) * 32 * warps / (tile.get("S", 1) * tile["BK"] * tile["BN"]) <= limit
 
 
@@ -145,7 +148,8 @@ ELEMENTWISE = {
     ),
     "quantize-rows": (
         quantize_rows_kernel,
-        {"x_ptr": "*bf16", "static_ptr": None, "codes_ptr": "*i8", "scale_ptr": "*fp32", "K": "i32", "BK": 4096},
+        {"x_ptr": "*bf16", "static_ptr": None, "codes_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*i8", "K": "i32"}
+        | {"ASYMMETRIC": True, "BK": 4096},
         WIDE_LOAD,
     ),
     "fake-quantize": (

@@ -78,6 +78,33 @@ def test_qat_at_smoke_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert results["cost"]["peak_bytes"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit linear:UserWarning")
+def test_finetune_at_smoke_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    finetune = load("finetune")
+    tables = finetune.main(["--smoke"])
+    for task, measure in (("language", "perplexity"), ("classification", "accuracy")):
+        rows = {row["arm"]: row for row in tables[task]["rows"]}
+        for arm in ("nf4", "side", "grid", "scales"):
+            assert rows[arm][measure] > 0
+            assert rows[f"{arm}, merged"][measure] > 0
+        assert rows["grid"][measure] == pytest.approx(rows["grid, merged"][measure], rel=1e-5)
+        assert {"lora", "lora, ptq", "lora-signround, ptq"} <= rows.keys()
+    assert {row["arm"] for row in tables["classification"]["paired"]} == {
+        f"{a}, merged" for a in ("grid", "scales", "side")
+    }
+
+
+def test_paired_bootstrap() -> None:
+    finetune = load("finetune")
+    right = ["1110" * 50, "1100" * 50]
+    same = finetune.paired_bootstrap(right, right, draws=100)
+    assert (same["difference"], same["low"], same["high"]) == (0, 0, 0)
+    worse = finetune.paired_bootstrap(["1000" * 50, "1100" * 50], right, draws=1000)
+    assert worse["difference"] == -25
+    assert -36 < worse["low"] < -25 < worse["high"] < -14
+
+
 def test_ptq_at_smoke_size(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location("ptq", BENCHMARKS / "ptq.py")

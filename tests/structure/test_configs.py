@@ -12,7 +12,7 @@ from hfquant.training.config import read_yaml
 
 FOLDER = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted((FOLDER / "ptq").glob("*.yaml"))
-TRAINING = sorted(FOLDER.glob("qat-*.yaml"))
+TRAINING = sorted([*FOLDER.glob("qat-*.yaml"), *FOLDER.glob("finetune-*.yaml")])
 
 
 def test_there_are_configs() -> None:
@@ -35,6 +35,8 @@ def test_every_config_is_tested() -> None:
 def test_training_config_is_valid(path: Path, tmp_path: Path) -> None:
     fields = {key: value for key, value in read_yaml(path).items() if key not in RUN_FIELDS}
     config = TrainingConfig.from_fields(fields | {"output_dir": str(tmp_path), "use_cpu": True}, where=path.name)
-    assert config.quantization_mode == "qat"
+    finetunes = path.stem.startswith("finetune")
+    assert config.quantization_mode == (None if finetunes else "qat")
+    assert config.enable_quantized_finetuning == finetunes
     first = path.read_text().splitlines()[0]
     assert first == f"# hfquant train --config configs/{path.name} --model MODEL --text FILE -o OUT"

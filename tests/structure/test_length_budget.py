@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "hfquant"
 FILES = sorted(PACKAGE.rglob("*.py"))
-FILE_LINES, FUNCTION_LINES, PACKAGE_LINES = 400, 40, 16760
+FILE_LINES, FUNCTION_LINES, PACKAGE_LINES = 400, 40, 17900
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

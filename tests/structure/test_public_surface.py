@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 PUBLIC = [
     "CalibrationError",
     "ConfigError",
+    "FinetuneCallback",
     "FormatError",
     "HfQuantConfig",
     "HfQuantError",
@@ -28,7 +29,9 @@ PUBLIC = [
     "get_quantization_info",
     "import_model",
     "load_quantized",
+    "merge_adapters",
     "plan_quantization",
+    "prepare_model_for_finetuning",
     "prepare_model_qat",
     "quantize_model_ptq",
     "save_quantized",

@@ -17,6 +17,8 @@ def simulate_activations_(model: PreTrainedModel, *, divisor: float) -> None:
 
 def _simulated(module: QuantLinear, divisor: float):
     def forward(x: Tensor) -> Tensor:
+        if not module.scheme.activation.symmetric:
+            return torch.nn.functional.linear(_spanning(x), module.dequantize(), module.bias)
         if module.scheme.activation.dynamic:
             scale = x.abs().amax(-1, keepdim=True) / divisor
             scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
@@ -26,3 +28,13 @@ def _simulated(module: QuantLinear, divisor: float):
         return torch.nn.functional.linear(rounded, module.dequantize(), module.bias)
 
     return forward
+
+
+def _spanning(x: Tensor) -> Tensor:
+    """Asymmetric INT8 of each token. Engines add the zero point before they round, hfquant after: near ties differ."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / 255
+    scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+    zero_point = (-128 - low / scale).round().clamp(-128, 127)
+    codes = torch.round(x / scale + zero_point).clamp(-128, 127)
+    return (codes - zero_point) * scale

@@ -12,7 +12,8 @@ from hfquant.numerics.packing import pack
 
 
 OPS: dict[int, Callable[..., Tensor]] = {4: int4_linear, 8: int8_linear}
-KINDS = ["weight_only", "dynamic", "static"]
+KINDS = ["weight_only", "dynamic", "dynamic-asym", "static"]
+INTEGER_KINDS = KINDS[1:]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -39,6 +40,7 @@ class LinearCase:
         self.zero = None if symmetric else torch.randint(low, high, (n, k // size))
         self.x = torch.randn(m, k).to(dtype)
         self.x[:1, :1] = 30
+        self.x[1:2] = self.x[1:2].abs()
         self.x[2:3] = 0
         self.bias = torch.randn(n).to(dtype)
         self.input_scale = torch.tensor([0.02]).bfloat16()
@@ -55,11 +57,17 @@ class LinearCase:
         """How the op is told to quantize activations."""
         if kind == "static":
             return {"input_scale": scale_to_bits(self.input_scale.float())}
-        return {"dynamic": kind == "dynamic"}
+        return {"dynamic": kind.startswith("dynamic"), "asymmetric": kind == "dynamic-asym"}
 
     def activation_codes(self, kind: str) -> tuple[Tensor, Tensor]:
-        """Codes and step of each row, in float64; the quotient is formed in float32, as the definition says."""
+        """Codes less zero points, and step of each row, in float64; quotients are formed in float32 by definition."""
         x = self.x.float()
+        if kind == "dynamic-asym":
+            low, high = x.amin(-1, True).clamp(max=0), x.amax(-1, True).clamp(min=0)
+            step = (high - low) / 255
+            step = torch.where(step == 0, 1.0, step)
+            zero = -128 - (low / step).round()
+            return ((x / step).round() + zero).clamp(-128, 127).double() - zero.double(), step.double()
         step = self.input_scale.float().expand(len(x), 1) if kind == "static" else x.abs().amax(-1, True) / 127
         step = torch.where(step == 0, 1.0, step)
         return (x / step).round().clamp(-128, 127).double(), step.double()

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hfquant import QuantTrainer, TrainingConfig
 from tests.support.tiny_models import build
@@ -44,3 +45,11 @@ def with_dropout() -> PreTrainedModel:
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.2
     return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer for a handful of words, with ids below those of the tiny models' vocabulary."""
+    words = ["<pad>", "<unk>", "</s>", "a", "the", "cat", "dog", "mat", "cake", "sat", "ate", "on"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")

@@ -109,7 +109,7 @@ def test_autocast_trains_and_saves_what_it_trained(tmp_path: Path) -> None:
 
 
 def test_scales_have_their_own_learning_rate(tmp_path: Path) -> None:
-    made = trainer(tmp_path, weight_decay=0.1, qat_scale_learning_rate=5e-4, **QAT4)
+    made = trainer(tmp_path, weight_decay=0.1, scale_learning_rate=5e-4, **QAT4)
     made.create_optimizer()
     group = made.optimizer.param_groups[-1]
     assert (group["lr"], group["weight_decay"]) == (5e-4, 0.0)
@@ -118,7 +118,7 @@ def test_scales_have_their_own_learning_rate(tmp_path: Path) -> None:
     }
     everything = [id(p) for g in made.optimizer.param_groups for p in g["params"]]
     assert sorted(everything) == sorted(id(p) for p in made.model.parameters() if p.requires_grad)
-    frozen = trainer(tmp_path, qat_scale_learning_rate=0, **QAT4)
+    frozen = trainer(tmp_path, scale_learning_rate=0, **QAT4)
     assert not any(p.requires_grad for n, p in frozen.model.named_parameters() if n.endswith("_log_scale"))
 
 
@@ -204,7 +204,7 @@ def test_misuse_is_refused(tmp_path: Path) -> None:
         blending.save_model(str(tmp_path / "final"))
     frozen = build("llama").requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing would train"):
-        trainer(tmp_path, model=frozen, qat_scale_learning_rate=0, **QAT4).train()
+        trainer(tmp_path, model=frozen, scale_learning_rate=0, **QAT4).train()
     with pytest.raises(ConfigError, match="model_init"):
         QuantTrainer(model_init=lambda: build("llama"), args=config(tmp_path, **QAT4), train_dataset=examples())
     optimizers = (torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0), None)
@@ -213,7 +213,7 @@ def test_misuse_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="made before the model was prepared"):
         made.train()
-    with pytest.raises(ConfigError, match="cannot fine-tune"):
+    with pytest.raises(ConfigError, match="not quantized by hfquant"):
         trainer(tmp_path, enable_quantized_finetuning=True)
 
 

@@ -31,6 +31,9 @@ struct Activations {
   const int32_t* sums;
   const int32_t* row_sums;  // [M, planes]; few rows only
   const float* scale;
+  // Codes of zero [M], or null for symmetric activations: every product takes them times the sum of the weights off.
+  const int32_t* zeros;
+  const int32_t* ones;  // sums of a row of ones [chunks, lanes]; few rows only
 };
 
 struct Output {
@@ -40,15 +43,25 @@ struct Output {
   int64_t columns;    // N
 };
 
+// A weight with an adapter inside its rounding, in float32: codes are round(code + residual / 16 + delta).
+struct Grid {
+  Weight weight;            // without scales
+  const uint8_t* residual;  // [N, residual_bytes], four bits each, or null
+  int64_t residual_bytes;
+  const float* delta;  // [N, K], in steps
+  const float* scale;  // [N, groups]
+};
+
 struct Kernels {
   const char* name;
   int vector_bytes;  // of one register
   int tile;          // rows of activations in a register tile
   int few;           // up to this many rows are multiplied row by row, without tiles
   // Codes [planes, padded] and scales of row `x [K]`; `given` is a static scale or null. Float activations (planes > 1)
-  // have a scale for every `block` inputs.
+  // have a scale for every `block` inputs. With `zero` and no given scale codes span the row's range; it gets the code
+  // of zero.
   void (*quantize_row)(const float* x, int64_t count, int planes, int64_t block, const float* given, int8_t* codes,
-                       int64_t padded, float* scales);
+                       int64_t padded, float* scales, float* zero);
   void (*to_float)(const void* x, Float type, int64_t count, float* out);
   void (*from_float)(const float* x, Float type, int64_t count, void* out);
   // Fills codes, sums and row sums of one row for `few`, from `codes [planes, padded]` in natural order.
@@ -60,10 +73,15 @@ struct Kernels {
   void (*few_rows)(const Weight&, const Activations&, const Output&, int64_t first_block, int64_t last_block);
   void (*tiles)(const Weight&, const Activations&, const Output&, int64_t block, int64_t first_tile, int64_t last_tile,
                 const uint8_t* panel);
-  // Makes the panel of one block for `tiles`: codes [K / 4, BLOCK, 4], scales [groups, BLOCK], zero points likewise.
+  // Makes the panel of one block for `tiles`: codes [K / 4, BLOCK, 4], scales [groups, BLOCK], zero points likewise,
+  // sums of codes without their zero points [groups, BLOCK], as floats where there are several groups.
   void (*pack_panel)(const Weight&, int64_t block, uint8_t* panel);
   // Float values of one row [K].
   void (*dequantize_row)(const Weight&, int64_t row, Float type, void* out);
+  // The same of a weight with an adapter.
+  void (*grid_row)(const Grid&, int64_t row, Float type, void* out);
+  // Gradients of delta [K] and of the scales [groups] of one row, from that of the float values.
+  void (*grid_gradients)(const Grid&, int64_t row, const float* grad, float* grad_delta, float* grad_scale);
 };
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -85,9 +103,9 @@ inline int64_t segments_of(const Weight& w, int planes) {
   return (w.in_features + segment - 1) / segment;
 }
 
-// Bytes of a panel: codes, scales and zero points.
+// Bytes of a panel: codes, scales, zero points and sums.
 inline int64_t panel_bytes(const Weight& w) {
-  return panel_depth(w) * BLOCK + w.groups * BLOCK * 8 + 64;
+  return panel_depth(w) * BLOCK + w.groups * BLOCK * 12 + 64;
 }
 
 extern "C" const Kernels hfquant_scalar;

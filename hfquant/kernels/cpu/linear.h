@@ -38,7 +38,8 @@ INLINE const uint8_t* unpack_zeros(const Weight& w, int64_t row, uint8_t* out) {
 }
 
 // M rows of activations times R rows of the weight. Weights stay in registers; each is loaded once.
-template <int BITS, int PLANES, int M, int R, Mode MODE>
+// SHIFT: activations have a code of zero.
+template <int BITS, int PLANES, int M, int R, Mode MODE, bool SHIFT>
 struct FewRows {
   const Weight& w;
   const int8_t* x[M];       // [PLANES, chunks, chunk]
@@ -48,14 +49,16 @@ struct FewRows {
   const uint8_t* zeros[R];
   int64_t chunks;
   const float* steps[M];    // scale of each chunk, of float activations
-  V::I total[M][R];
+  const int32_t* ones;      // [chunks, LANES]
+  V::F shift[M];            // minus the code of zero
+  V::I total[M][R], weights[R];
   V::F value[M][R];
 
   template <bool WHOLE>
   INLINE void step(int64_t c, const Lanes* lanes) {
     constexpr int CHUNK = V::BYTES * 8 / BITS;
     V::I low[R], high[R], zero[R];
-    V::F scale[R];
+    V::F scale[R], sum_of_codes[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       const uint8_t* p = codes[r] + c * V::BYTES;
@@ -63,10 +66,22 @@ struct FewRows {
       V::prefetch(p + R * w.row_bytes);
       low[r] = BITS == 4 ? V::low(v) : v;
       if (BITS == 4) high[r] = V::high(v);
+      if (SHIFT && MODE == CHANNEL) {
+        V::dot(weights[r], low[r], V::set(0x01010101));
+        if (BITS == 4) V::dot(weights[r], high[r], V::set(0x01010101));
+      }
       if (MODE == CHANNEL) continue;
       const int32_t* index = lanes->index + c * V::LANES;
       scale[r] = V::scales(scales[r] + lanes->first[c], lanes->count[c], index);
       if (MODE == GROUP_ZERO) zero[r] = V::zeros(zeros[r] + lanes->first[c], lanes->count[c], index);
+      if (SHIFT) {
+        const V::I start = V::load(ones + c * V::LANES);
+        V::I sum = MODE == GROUP ? start : V::zero();
+        V::dot(sum, low[r], V::set(0x01010101));
+        if (BITS == 4) V::dot(sum, high[r], V::set(0x01010101));
+        if (MODE == GROUP_ZERO) sum = V::sub(sum, V::mul(zero[r], start));
+        sum_of_codes[r] = V::to_float(sum);
+      }
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
@@ -88,7 +103,7 @@ struct FewRows {
           V::dot(sum, low[r], first);
           if (BITS == 4) V::dot(sum, high[r], second);
           if (MODE == GROUP_ZERO) sum = V::sub(sum, V::mul(zero[r], start));
-          const V::F f = V::to_float(sum);
+          const V::F f = SHIFT ? V::fma(shift[m], sum_of_codes[r], V::to_float(sum)) : V::to_float(sum);
           product[r] = p == 0 ? f : V::fma(f, V::setf(p == 1 ? 0x1p-8f : 0x1p-16f), product[r]);
         }
       }
@@ -109,6 +124,7 @@ struct FewRows {
         value[m][r] = V::zerof();
         total[m][r] = V::zero();
       }
+    for (int r = 0; r < R; r++) weights[r] = V::zero();
     const int64_t whole = w.row_bytes / V::BYTES;
     for (int64_t c = 0; c < whole; c++) step<true>(c, lanes);
     if (whole < chunks) step<false>(whole, lanes);
@@ -116,19 +132,23 @@ struct FewRows {
 };
 
 // Rows m0 .. m0 + M of the activations times the rows of one block, into `tile [M, BLOCK]`, without bias.
-template <int BITS, int PLANES, int M, Mode MODE>
+template <int BITS, int PLANES, int M, Mode MODE, bool SHIFT>
 void few_tile(const Weight& w, const Activations& a, int64_t m0, int64_t n0, const Lanes* lanes, float* tile) {
   constexpr int R = M * PLANES <= V::REGISTERS / 8 ? 4 : 2, CHUNK = V::BYTES * 8 / BITS;
   const int64_t chunks = (w.in_features + CHUNK - 1) / CHUNK;
-  FewRows<BITS, PLANES, M, R, MODE> rows{w};
+  FewRows<BITS, PLANES, M, R, MODE, SHIFT> rows{w};
   rows.chunks = chunks;
+  rows.ones = a.ones;
   const int32_t* row_sums[M];
+  int32_t code_of_zero[M];
   for (int m = 0; m < M; m++) {  // past the last row it is computed again
     const int64_t row = m0 + m < a.rows ? m0 + m : a.rows - 1;
     rows.x[m] = a.codes + row * PLANES * chunks * CHUNK;
     rows.sums[m] = a.sums + row * PLANES * chunks * V::LANES;
     rows.steps[m] = a.scale + row * (PLANES == 1 ? 1 : chunks);
     row_sums[m] = a.row_sums + row * PLANES;
+    code_of_zero[m] = SHIFT ? a.zeros[row] : 0;
+    rows.shift[m] = V::setf(float(-code_of_zero[m]));
   }
   uint8_t zeros[MODE == GROUP_ZERO ? R : 1][MODE == GROUP_ZERO ? MAX_IN_FEATURES / 4 + 2 : 1];
   for (int i = 0; i < BLOCK && n0 + i < w.rows; i += R) {
@@ -144,7 +164,9 @@ void few_tile(const Weight& w, const Activations& a, int64_t m0, int64_t n0, con
       for (int r = 0; r < R; r++) {
         float& out = tile[m * BLOCK + i + r];
         if (MODE == CHANNEL) {
-          const int64_t sum = V::total(rows.total[m][r]) - int64_t(zero_point(w, n[r], 0)) * *row_sums[m];
+          const int64_t zero = zero_point(w, n[r], 0);
+          int64_t sum = V::total(rows.total[m][r]) - zero * *row_sums[m];
+          if (SHIFT) sum -= code_of_zero[m] * (V::total(rows.weights[r]) - zero * w.in_features);
           out = float(sum) * float_of(uint32_t(w.scale[n[r]]) << 16) * *rows.steps[m];
         } else {
           out = PLANES == 1 ? V::totalf(rows.value[m][r]) * *rows.steps[m] : V::totalf(rows.value[m][r]);
@@ -153,7 +175,7 @@ void few_tile(const Weight& w, const Activations& a, int64_t m0, int64_t n0, con
   }
 }
 
-template <int BITS, int PLANES, Mode MODE>
+template <int BITS, int PLANES, Mode MODE, bool SHIFT>
 void few_blocks(const Weight& w, const Activations& a, const Output& out, int64_t first, int64_t last) {
   constexpr int LARGE = PLANES == 1 && V::REGISTERS == 32 ? 8 : 4;
   alignas(64) float tile[LARGE * BLOCK];
@@ -165,33 +187,58 @@ void few_blocks(const Weight& w, const Activations& a, const Output& out, int64_
       const int64_t left = a.rows - m0;
       const int count = w.rows - n0 < BLOCK ? int(w.rows - n0) : BLOCK;
       if (left == 1)
-        few_tile<BITS, PLANES, 1, MODE>(w, a, m0, n0, lanes, tile);
+        few_tile<BITS, PLANES, 1, MODE, SHIFT>(w, a, m0, n0, lanes, tile);
       else if (left == 2 && V::REGISTERS == 32)
-        few_tile<BITS, PLANES, 2, MODE>(w, a, m0, n0, lanes, tile);
+        few_tile<BITS, PLANES, 2, MODE, SHIFT>(w, a, m0, n0, lanes, tile);
       else if (left <= 4)
-        few_tile<BITS, PLANES, 4, MODE>(w, a, m0, n0, lanes, tile);
+        few_tile<BITS, PLANES, 4, MODE, SHIFT>(w, a, m0, n0, lanes, tile);
       else
-        few_tile<BITS, PLANES, LARGE, MODE>(w, a, m0, n0, lanes, tile);
+        few_tile<BITS, PLANES, LARGE, MODE, SHIFT>(w, a, m0, n0, lanes, tile);
       for (int m = 0; m < LARGE && m < left; m++) store_row(out, m0 + m, n0, count, tile + m * BLOCK);
     }
 }
 
+template <int BITS, bool SHIFT>
+void few_quantized(const Weight& w, const Activations& a, const Output& out, int64_t first, int64_t last) {
+  if (w.groups == 1) return few_blocks<BITS, 1, CHANNEL, SHIFT>(w, a, out, first, last);
+  w.zero ? few_blocks<BITS, 1, GROUP_ZERO, SHIFT>(w, a, out, first, last)
+         : few_blocks<BITS, 1, GROUP, SHIFT>(w, a, out, first, last);
+}
+
 template <int BITS>
 void few_bits(const Weight& w, const Activations& a, const Output& out, int64_t first, int64_t last) {
-  if (a.planes == 1 && w.groups == 1) return few_blocks<BITS, 1, CHANNEL>(w, a, out, first, last);
-  if (a.planes == 1 && w.zero) return few_blocks<BITS, 1, GROUP_ZERO>(w, a, out, first, last);
-  if (a.planes == 1) return few_blocks<BITS, 1, GROUP>(w, a, out, first, last);
-  if (a.planes == 2 && w.zero) return few_blocks<BITS, 2, GROUP_ZERO>(w, a, out, first, last);
-  if (a.planes == 2) return few_blocks<BITS, 2, GROUP>(w, a, out, first, last);
-  if (w.zero) return few_blocks<BITS, 3, GROUP_ZERO>(w, a, out, first, last);
-  few_blocks<BITS, 3, GROUP>(w, a, out, first, last);
+  if (a.planes == 1 && a.zeros) return few_quantized<BITS, true>(w, a, out, first, last);
+  if (a.planes == 1) return few_quantized<BITS, false>(w, a, out, first, last);
+  if (a.planes == 2 && w.zero) return few_blocks<BITS, 2, GROUP_ZERO, false>(w, a, out, first, last);
+  if (a.planes == 2) return few_blocks<BITS, 2, GROUP, false>(w, a, out, first, last);
+  if (w.zero) return few_blocks<BITS, 3, GROUP_ZERO, false>(w, a, out, first, last);
+  few_blocks<BITS, 3, GROUP, false>(w, a, out, first, last);
 }
 
 void few_rows(const Weight& w, const Activations& a, const Output& out, int64_t first, int64_t last) {
   w.bits == 4 ? few_bits<4>(w, a, out, first, last) : few_bits<8>(w, a, out, first, last);
 }
 
-// A panel: unsigned codes [K / 4, BLOCK, 4], float scales [groups, BLOCK], int32 zero points [groups, BLOCK].
+// Sums of the codes of each group of a panel's columns, without their zero points; floats if there are several groups.
+void sum_columns(const Weight& w, const uint8_t* panel, const int32_t* zeros, int32_t* out) {
+  const int64_t quads = panel_depth(w) / 4, group = w.in_features / w.groups;
+  const int64_t length = w.groups == 1 ? quads : group / 4;
+  for (int column = 0; column < BLOCK; column += V::LANES)
+    for (int64_t g = 0; g < w.groups; g++) {
+      const int64_t last = (g + 1) * length < quads ? (g + 1) * length : quads;
+      V::I sum = V::zero();
+      for (int64_t q = g * length; q < last; q++)
+        V::dot(sum, V::load(panel + (q * BLOCK + column) * 4), V::set(0x01010101));
+      const V::I zero = w.zero ? V::load(zeros + g * BLOCK + column) : V::set(1 << (w.bits - 1));
+      sum = V::sub(sum, V::mul(zero, V::set(int32_t(group))));
+      if (w.groups == 1)
+        V::store(out + column, sum);
+      else
+        V::storef((float*)out + g * BLOCK + column, V::to_float(sum));
+    }
+}
+
+// A panel: unsigned codes [K / 4, BLOCK, 4], float scales [groups, BLOCK], int32 zero points [groups, BLOCK], sums likewise.
 void pack_panel(const Weight& w, int64_t block, uint8_t* panel) {
   const int64_t depth = panel_depth(w), words = depth * w.bits / 32;
   for (int column = 0; column < BLOCK; column += V::LANES) {
@@ -222,6 +269,7 @@ void pack_panel(const Weight& w, int64_t block, uint8_t* panel) {
       if (w.zero) zeros[g * BLOCK + i] = zero_point(w, row, g);
     }
   }
+  sum_columns(w, panel, zeros, zeros + w.groups * BLOCK);
 }
 
 constexpr int TILE = V::REGISTERS == 32 ? 12 : 4;  // TILE x 2 accumulators, 2 vectors of weights, 1 of activations
@@ -256,9 +304,15 @@ INLINE void multiply(const uint8_t* panel, const int8_t* x, int64_t quads, const
 // One scale for the whole row of the weight: a full register tile of integers, scaled once.
 template <bool ZERO>
 void tile_of_channels(const uint8_t* panel, const int8_t* x, int64_t quads, const int32_t* sums, const float* scale,
-                      const int32_t* zero, float* values) {
+                      const int32_t* zero, const int32_t* x_zeros, const int32_t* code_sums, float* values) {
   V::I total[TILE][2];
   multiply<ZERO, TILE>(panel, x, quads, sums, zero, total);
+  if (x_zeros)
+#pragma GCC unroll 12
+    for (int m = 0; m < TILE; m++) {
+      total[m][0] = V::sub(total[m][0], V::mul(V::load(code_sums), V::set(x_zeros[m])));
+      total[m][1] = V::sub(total[m][1], V::mul(V::load(code_sums + V::LANES), V::set(x_zeros[m])));
+    }
 #pragma GCC unroll 12
   for (int m = 0; m < TILE; m++) {
     V::storef(values + m * BLOCK, V::mulf(V::to_float(total[m][0]), V::loadf(scale)));
@@ -267,7 +321,7 @@ void tile_of_channels(const uint8_t* panel, const int8_t* x, int64_t quads, cons
 }
 
 // Segments with scales of their own: half a register tile of integers, the other half float sums.
-template <bool ZERO, bool DIGITS>
+template <bool ZERO, bool DIGITS, bool SHIFT>
 void tile_of_segments(const Weight& w, const Activations& a, int64_t t, int half, const uint8_t* panel, int column,
                       float* values) {
   constexpr int ROWS = TILE / 2;
@@ -275,6 +329,7 @@ void tile_of_segments(const Weight& w, const Activations& a, int64_t t, int half
   const int64_t length = segments == 1 ? quads : segment_of(w, a.planes) / 4, sharing = segments / w.groups;
   const float* scales = (const float*)(panel + depth * BLOCK) + column;
   const int32_t* zeros = (const int32_t*)(panel + depth * BLOCK + w.groups * BLOCK * 4) + column;
+  const float* sums_of_codes = (const float*)(zeros + w.groups * BLOCK);
   const float* steps = a.scale + (t * TILE + half * ROWS) * segments;
   V::F value[ROWS][2];
 #pragma GCC unroll 12
@@ -291,6 +346,11 @@ void tile_of_segments(const Weight& w, const Activations& a, int64_t t, int half
 #pragma GCC unroll 12
       for (int m = 0; m < ROWS; m++) {
         V::F f0 = V::to_float(total[m][0]), f1 = V::to_float(total[m][1]);
+        if (SHIFT) {
+          const V::F shift = V::setf(float(-a.zeros[t * TILE + half * ROWS + m]));
+          f0 = V::fma(shift, V::loadf(sums_of_codes + g * BLOCK), f0);
+          f1 = V::fma(shift, V::loadf(sums_of_codes + g * BLOCK + V::LANES), f1);
+        }
         if (DIGITS) {
           const V::F step = V::setf(steps[m * segments + i] * factor);
           f0 = V::mulf(f0, step);
@@ -309,12 +369,13 @@ void tile_of_segments(const Weight& w, const Activations& a, int64_t t, int half
   }
 }
 
-template <bool ZERO, bool DIGITS>
+template <bool ZERO, bool DIGITS, bool SHIFT>
 void tile_block(const Weight& w, const Activations& a, const Output& out, int64_t block, int64_t first, int64_t last,
                 const uint8_t* panel) {
   const int64_t depth = panel_depth(w), start = block * BLOCK;
   const float* scales = (const float*)(panel + depth * BLOCK);
   const int32_t* zeros = (const int32_t*)(scales + w.groups * BLOCK);
+  const int32_t* code_sums = zeros + w.groups * BLOCK;
   const int count = w.rows - start < BLOCK ? int(w.rows - start) : BLOCK;
   // While this block is multiplied the next one comes into the cache, a part with each tile.
   const uint8_t* next = w.codes + (start + BLOCK) * w.row_bytes;
@@ -327,10 +388,11 @@ void tile_block(const Weight& w, const Activations& a, const Output& out, int64_
     for (int column = 0; column < BLOCK; column += 2 * V::LANES)
       if (!DIGITS && w.groups == 1) {
         tile_of_channels<ZERO>(panel + column * 4, a.codes + t * depth * TILE, depth / 4, a.sums + t * TILE,
-                               scales + column, zeros + column, values + column);
+                               scales + column, zeros + column, SHIFT ? a.zeros + t * TILE : nullptr,
+                               code_sums + column, values + column);
       } else {
-        tile_of_segments<ZERO, DIGITS>(w, a, t, 0, panel, column, values + column);
-        tile_of_segments<ZERO, DIGITS>(w, a, t, 1, panel, column, values + column);
+        tile_of_segments<ZERO, DIGITS, SHIFT>(w, a, t, 0, panel, column, values + column);
+        tile_of_segments<ZERO, DIGITS, SHIFT>(w, a, t, 1, panel, column, values + column);
       }
     for (int m = 0; m < TILE && t * TILE + m < a.rows; m++) {
       float* row = values + m * BLOCK;
@@ -343,16 +405,20 @@ void tile_block(const Weight& w, const Activations& a, const Output& out, int64_
 
 void tiles(const Weight& w, const Activations& a, const Output& out, int64_t block, int64_t first, int64_t last,
            const uint8_t* panel) {
-  if (a.planes == 1)
-    w.zero ? tile_block<true, false>(w, a, out, block, first, last, panel)
-           : tile_block<false, false>(w, a, out, block, first, last, panel);
+  if (a.planes == 1 && a.zeros)
+    w.zero ? tile_block<true, false, true>(w, a, out, block, first, last, panel)
+           : tile_block<false, false, true>(w, a, out, block, first, last, panel);
+  else if (a.planes == 1)
+    w.zero ? tile_block<true, false, false>(w, a, out, block, first, last, panel)
+           : tile_block<false, false, false>(w, a, out, block, first, last, panel);
   else
-    w.zero ? tile_block<true, true>(w, a, out, block, first, last, panel)
-           : tile_block<false, true>(w, a, out, block, first, last, panel);
+    w.zero ? tile_block<true, true, false>(w, a, out, block, first, last, panel)
+           : tile_block<false, true, false>(w, a, out, block, first, last, panel);
 }
 
 }  // namespace
 
 #define KERNEL_TABLE(NAME, TEXT, FEW)                                                                             \
   extern "C" const Kernels NAME = {TEXT,        V::BYTES,           TILE,     FEW,   quantize_row, to_float, from_float, \
-                                   arrange_few, arrange_tile<TILE>, few_rows, tiles, pack_panel,   dequantize_row};
+                                   arrange_few, arrange_tile<TILE>, few_rows, tiles, pack_panel,   dequantize_row,       \
+                                   grid_row,    grid_gradients};

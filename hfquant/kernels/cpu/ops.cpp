@@ -120,8 +120,20 @@ struct LinearCall {
   const Weight& w;
   const float* given;  // static activation scale, or null
   int planes;
+  bool asymmetric;  // rows have a code of zero
   int64_t padded() const { return round_up(w.in_features, 128); }
 };
+
+// What a row of ones has for sums; `natural [padded]` is overwritten.
+Buffer<int32_t> sums_of_ones(const Weight& w, int8_t* natural, int64_t padded, int64_t chunks, int64_t lanes) {
+  auto codes = buffer<int8_t>(chunks * chunk_of(w, kernels->vector_bytes));
+  auto sums = buffer<int32_t>(chunks * lanes);
+  int32_t row_sum = 0;
+  std::memset(natural, 0, padded);
+  std::memset(natural, 1, w.in_features);
+  kernels->arrange_few(w, 1, natural, padded, codes.get(), sums.get(), &row_sum);
+  return sums;
+}
 
 void few_rows(const LinearCall& call, const Output& out) {
   const Weight& w = call.w;
@@ -132,16 +144,22 @@ void few_rows(const LinearCall& call, const Output& out) {
   auto row_sums = buffer<int32_t>(rows * call.planes);
   const int64_t steps = call.planes == 1 ? 1 : chunks;
   auto scale = buffer<float>(rows * steps);
+  auto zeros = buffer<int32_t>(rows);
   auto scratch = buffer<float>(2 * call.x.length);
   auto natural = buffer<int8_t>(call.planes * call.padded());
   for (int64_t m = 0; m < rows; m++) {
+    float zero = 0;
     const float* x = call.x.read(m, scratch.get());
     kernels->quantize_row(x, w.in_features, call.planes, chunk, call.given, natural.get(), call.padded(),
-                          scale.get() + m * steps);
+                          scale.get() + m * steps, call.asymmetric ? &zero : nullptr);
+    zeros[m] = int32_t(zero);
     kernels->arrange_few(w, call.planes, natural.get(), call.padded(), codes.get() + m * call.planes * chunks * chunk,
                          sums.get() + m * call.planes * chunks * lanes, row_sums.get() + m * call.planes);
   }
-  const Activations a{rows, call.planes, codes.get(), sums.get(), row_sums.get(), scale.get()};
+  Buffer<int32_t> ones;
+  if (call.asymmetric) ones = sums_of_ones(w, natural.get(), call.padded(), chunks, lanes);
+  const Activations a{rows,        call.planes, codes.get(), sums.get(), row_sums.get(),
+                      scale.get(), call.asymmetric ? zeros.get() : nullptr, ones.get()};
   const int64_t blocks = (w.rows + BLOCK - 1) / BLOCK;
   // Less than this many bytes of weights for a thread cost more to hand over than to multiply.
   const int64_t grain = std::max<int64_t>(1, (64 << 10) / (w.row_bytes * BLOCK));
@@ -156,24 +174,29 @@ void many_rows(const LinearCall& call, const Output& out) {
   auto codes = buffer<int8_t>(tiles * tile_codes);
   auto sums = buffer<int32_t>(tiles * tile_sums);
   auto scale = buffer<float>(tiles * tile * steps);
+  auto zeros = buffer<int32_t>(tiles * tile);
   parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
     auto scratch = buffer<float>(2 * call.x.length);
     auto natural = buffer<int8_t>(call.planes * call.padded());
     for (int64_t t = begin; t < end; t++)
       for (int64_t m = t * tile; m < (t + 1) * tile; m++) {
         if (m < rows) {
+          float zero = 0;
           const float* x = call.x.read(m, scratch.get());
           kernels->quantize_row(x, w.in_features, call.planes, segment_of(w, call.planes), call.given, natural.get(),
-                                call.padded(), scale.get() + m * steps);
+                                call.padded(), scale.get() + m * steps, call.asymmetric ? &zero : nullptr);
+          zeros[m] = int32_t(zero);
         } else {
           std::memset(natural.get(), 0, call.planes * call.padded());
           std::fill_n(scale.get() + m * steps, steps, 0.0f);
+          zeros[m] = 0;
         }
         kernels->arrange_tile(w, call.planes, int(m % tile), natural.get(), call.padded(), codes.get() + t * tile_codes,
                               sums.get() + t * tile_sums);
       }
   });
-  const Activations a{rows, call.planes, codes.get(), sums.get(), nullptr, scale.get()};
+  const Activations a{rows, call.planes, codes.get(), sums.get(), nullptr, scale.get(),
+                      call.asymmetric ? zeros.get() : nullptr, nullptr};
   const int64_t blocks = (w.rows + BLOCK - 1) / BLOCK;
   uint32_t threads = 1;
   check(torch.torch_get_num_threads(&threads), "get_num_threads");
@@ -206,12 +229,13 @@ Buffer<float> read_bias(const Tensor& bias, Float type, int64_t count) {
   return out;
 }
 
-// int4_linear_cpu, int8_linear_cpu(x, weight, weight_scale, weight_zero_point?, input_scale?, bias?, dynamic) -> Tensor
+// int4_linear_cpu, int8_linear_cpu(x, weight, weight_scale, weight_zero_point?, input_scale?, bias?, dynamic, asymmetric)
+// -> Tensor
 template <int BITS>
 void linear(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor x = Tensor::argument(stack[0]), codes = Tensor::argument(stack[1]), scale = Tensor::argument(stack[2]);
   const Tensor zero = Tensor::optional(stack[3]), given = Tensor::optional(stack[4]), bias = Tensor::optional(stack[5]);
-  const bool dynamic = stack[6] & 1;
+  const bool dynamic = stack[6] & 1, asymmetric = stack[7] & 1;
   const Rows rows(x);
   const Weight w = weight_of(codes, scale, zero, BITS, rows.length);
   require(codes.dim() == 2, "the weight of a linear layer has two dimensions");
@@ -226,7 +250,7 @@ void linear(StableIValue* stack, uint64_t, uint64_t) {
   if (bias) bias_values = read_bias(bias, rows.type(), w.rows);
   if (rows.count && w.rows) {
     const Output out{result.data<void>(), rows.type(), bias_values.get(), w.rows};
-    const LinearCall call{rows, w, given ? &input_scale : nullptr, planes};
+    const LinearCall call{rows, w, given ? &input_scale : nullptr, planes, dynamic && !given && asymmetric};
     rows.count <= kernels->few ? few_rows(call, out) : many_rows(call, out);
   }
   stack[0] = result.result();
@@ -275,9 +299,80 @@ void embedding(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = result.result();
 }
 
-// quantize_rows_cpu(x, scale?) -> (Tensor, Tensor)
+// The arguments that grid_weight_cpu and grid_weight_backward_cpu share: codes, residual?, delta, scale, zero?, bits.
+struct GridCall {
+  explicit GridCall(StableIValue* stack)
+      : codes(Tensor::argument(stack[0])),
+        residual(Tensor::optional(stack[1])),
+        delta(Tensor::argument(stack[2])),
+        scale(Tensor::argument(stack[3])),
+        zero(Tensor::optional(stack[4])) {
+    Weight& w = view.weight;
+    w.bits = int(stack[5]);
+    w.rows = delta.sizes()[0];
+    w.in_features = delta.sizes()[1];
+    w.row_bytes = (w.in_features * w.bits + 31) / 32 * 4;
+    w.groups = scale.sizes()[1];
+    w.codes = codes.data<uint8_t>();
+    require(codes.numel() * 4 == w.rows * w.row_bytes && w.groups > 0 && w.in_features % w.groups == 0 &&
+                scale.numel() == w.rows * w.groups,
+            "codes and scales do not fit");
+    view.residual_bytes = (w.in_features * 4 + 31) / 32 * 4;
+    if (residual) {
+      require(residual.numel() * 4 == w.rows * view.residual_bytes, "residuals do not fit");
+      view.residual = residual.data<uint8_t>();
+    }
+    if (zero) {
+      w.zero_bytes = (w.groups * w.bits + 31) / 32 * 4;
+      require(zero.numel() * 4 == w.rows * w.zero_bytes, "zero points do not fit");
+      w.zero = zero.data<uint8_t>();
+    }
+    view.delta = delta.data<float>();
+    view.scale = scale.data<float>();
+  }
+  template <class Body>
+  void each_row(const Body& body) const {
+    const int64_t grain = std::max<int64_t>(1, (16 << 10) / std::max<int64_t>(1, view.weight.in_features));
+    parallel_for(view.weight.rows, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; n++) body(n);
+    });
+  }
+  Tensor codes, residual, delta, scale, zero;
+  Grid view{};
+};
+
+// grid_weight_cpu(codes, residual?, delta, scale, zero_point?, bits, dtype) -> Tensor
+void grid_weight(StableIValue* stack, uint64_t, uint64_t) {
+  const GridCall call(stack);
+  const int32_t dtype = int32_t(stack[6]);
+  const Float type = float_type(dtype);
+  Tensor result = Tensor::empty(2, call.delta.sizes(), dtype);
+  char* out = result.data<char>();
+  const int64_t row = call.view.weight.in_features * size_of(type);
+  call.each_row([&](int64_t n) { kernels->grid_row(call.view, n, type, out + n * row); });
+  stack[0] = result.result();
+}
+
+// grid_weight_backward_cpu(grad, codes, residual?, delta, scale, zero_point?, bits) -> (Tensor, Tensor)
+void grid_weight_backward(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor grad = Tensor::argument(stack[0]);
+  const GridCall call(stack + 1);
+  const Weight& w = call.view.weight;
+  Tensor grad_delta = Tensor::empty(2, call.delta.sizes(), torch.aoti_torch_dtype_float32());
+  Tensor grad_scale = Tensor::empty(2, call.scale.sizes(), torch.aoti_torch_dtype_float32());
+  const float* from = grad.data<float>();
+  float *delta = grad_delta.data<float>(), *scale = grad_scale.data<float>();
+  call.each_row([&](int64_t n) {
+    kernels->grid_gradients(call.view, n, from + n * w.in_features, delta + n * w.in_features, scale + n * w.groups);
+  });
+  stack[0] = grad_delta.result();
+  stack[1] = grad_scale.result();
+}
+
+// quantize_rows_cpu(x, scale?, asymmetric) -> (Tensor, Tensor, Tensor)
 void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor x = Tensor::argument(stack[0]), given = Tensor::optional(stack[1]);
+  const bool asymmetric = stack[2] & 1;
   const Rows rows(x);
   int64_t sizes[16];
   require(x.dim() <= 16, "more than 16 dimensions");
@@ -285,18 +380,23 @@ void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
   Tensor codes = Tensor::empty(x.dim(), sizes, torch.aoti_torch_dtype_int8());
   sizes[x.dim() - 1] = 1;
   Tensor scale = Tensor::empty(x.dim(), sizes, torch.aoti_torch_dtype_float32());
+  Tensor zeros = Tensor::empty(x.dim(), sizes, torch.aoti_torch_dtype_int8());
   const float* fixed = given ? given.data<float>() : nullptr;
-  int8_t* code = codes.data<int8_t>();
+  int8_t *code = codes.data<int8_t>(), *zero_points = zeros.data<int8_t>();
   float* steps = scale.data<float>();
   parallel_for(rows.count, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, rows.length)),
                [&](int64_t begin, int64_t end) {
                  auto scratch = buffer<float>(2 * rows.length);
-                 for (int64_t m = begin; m < end; m++)
+                 for (int64_t m = begin; m < end; m++) {
+                   float zero = 0;
                    kernels->quantize_row(rows.read(m, scratch.get()), rows.length, 1, rows.length, fixed,
-                                         code + m * rows.length, rows.length, steps + m);
+                                         code + m * rows.length, rows.length, steps + m, asymmetric ? &zero : nullptr);
+                   zero_points[m] = int8_t(zero);
+                 }
                });
   stack[0] = codes.result();
   stack[1] = scale.result();
+  stack[2] = zeros.result();
 }
 
 bool has(const char* name) {
@@ -335,6 +435,8 @@ extern "C" __attribute__((visibility("default"))) const char* hfquant_register(v
       {"dequantize_cpu", dequantize},
       {"quant_embedding_cpu", embedding},
       {"quantize_rows_cpu", quantize_rows},
+      {"grid_weight_cpu", grid_weight},
+      {"grid_weight_backward_cpu", grid_weight_backward},
   };
   for (const auto& [name, function] : ops)
     if (torch.torch_library_impl(library, name, function, TARGET_TORCH)) return name;

@@ -64,35 +64,37 @@ INLINE void store_row(const Output& out, int64_t m, int64_t n0, int count, float
 
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2**23: adding and subtracting it rounds to the nearest even integer
 
-INLINE float nearest_code(float steps) {
-  const float high = steps < 127.0f ? steps : 127.0f, low = high > -128.0f ? high : -128.0f;
+// Steps from zero to the nearest code; `zero` is the code of zero.
+INLINE float nearest_code(float steps, float zero) {
+  const float highest = 127.0f - zero, lowest = -128.0f - zero;
+  const float high = steps < highest ? steps : highest, low = high > lowest ? high : lowest;
   return (low + ROUND) - ROUND;
 }
 
 // Codes of `count` <= 64 values by the reciprocal; returns the bits of the largest distance from a code.
-INLINE uint32_t round_part(const float* x, int count, float inverse, int8_t* codes) {
+INLINE uint32_t round_part(const float* x, int count, float inverse, float zero, int8_t* codes) {
   uint32_t distance = 0;
   for (int i = 0; i < count; i++) {
-    const float steps = x[i] * inverse, nearest = nearest_code(steps);
+    const float steps = x[i] * inverse, nearest = nearest_code(steps, zero);
     const uint32_t off = bits_of(steps - nearest) & 0x7FFFFFFF;
     distance = off > distance ? off : distance;
-    codes[i] = int8_t(int32_t(nearest));
+    codes[i] = int8_t(int32_t(nearest + zero));
   }
   return distance;
 }
 
-// Codes `round(x / scale)`. Multiplying by the reciprocal is off by less than 1e-4, so only near a tie can it round
+// Codes `round(x / scale) + zero`. Multiplying by the reciprocal is off by less than 1e-4, so only near a tie can it round
 // another way: such parts are divided, and so are those that saturate. (Division alone would cost as much as a layer.)
-void round_row(const float* x, int64_t count, float scale, int8_t* codes) {
+void round_row(const float* x, int64_t count, float scale, float zero, int8_t* codes) {
   const float inverse = 1.0f / scale, near_tie = 0.4999f;
   const bool divide = !(scale >= 0x1p-120f && scale <= 0x1p120f);
   for (int64_t start = 0; start < count; start += 64) {
     const int n = count - start < 64 ? int(count - start) : 64;
     const float* part = x + start;
     const uint32_t distance =
-        n == 64 ? round_part(part, 64, inverse, codes + start) : round_part(part, n, inverse, codes + start);
+        n == 64 ? round_part(part, 64, inverse, zero, codes + start) : round_part(part, n, inverse, zero, codes + start);
     if (divide || distance > bits_of(near_tie))
-      for (int i = 0; i < n; i++) codes[start + i] = int8_t(int32_t(nearest_code(part[i] / scale)));
+      for (int i = 0; i < n; i++) codes[start + i] = int8_t(int32_t(nearest_code(part[i] / scale, zero) + zero));
   }
 }
 
@@ -127,8 +129,22 @@ INLINE uint32_t largest_magnitude(const float* x, int64_t count) {
   return largest;
 }
 
+// The grid of a row that spans its range, zero included: the scale, and the code of zero.
+INLINE float spanning_scale(const float* x, int64_t count, float* zero) {
+  float low = 0, high = 0;
+  for (int64_t i = 0; i < count; i++) {
+    low = x[i] < low ? x[i] : low;
+    high = x[i] > high ? x[i] : high;
+  }
+  const float scale = (high - low) / 255.0f, steps = low / (scale == 0 ? 1.0f : scale);
+  const float code = -128.0f - ((steps + ROUND) - ROUND);
+  *zero = code < -128.0f ? -128.0f : code > 127.0f ? 127.0f : code;
+  return scale;
+}
+
 void quantize_row(const float* x, int64_t count, int planes, int64_t block, const float* given, int8_t* codes,
-                  int64_t padded, float* scales) {
+                  int64_t padded, float* scales, float* zero) {
+  if (zero) *zero = 0;
   const uint32_t largest = largest_magnitude(x, count);
   const int64_t blocks = planes == 1 ? 1 : (count + block - 1) / block;
   for (int p = 0; p < planes; p++) memset(codes + p * padded + count, 0, padded - count);
@@ -138,9 +154,10 @@ void quantize_row(const float* x, int64_t count, int planes, int64_t block, cons
     return;
   }
   if (planes == 1) {
-    const float scale = given ? *given : largest ? float_of(largest) / 127.0f : 1.0f;
+    const bool spans = zero && !given;
+    const float scale = given ? *given : spans ? spanning_scale(x, count, zero) : float_of(largest) / 127.0f;
     scales[0] = scale == 0 && !given ? 1.0f : scale;
-    return round_row(x, count, scales[0], codes);
+    return round_row(x, count, scales[0], spans ? *zero : 0, codes);
   }
   for (int64_t b = 0; b < blocks; b++) {
     const int64_t start = b * block, size = count - start < block ? count - start : block;
@@ -239,6 +256,93 @@ void dequantize_row(const Weight& w, int64_t row, Float type, void* out) {
       for (; i < end; i++) values[i] = float(codes[i] - zero) * scale;
     }
     from_float(values, type, n, (char*)out + start * size);
+  }
+}
+
+constexpr int GRID_PART = 512;  // weights at a time; even, so that pairs are never divided
+
+INLINE void unpack_pairs(const uint8_t* packed, int count, uint8_t* out) {
+  for (int i = 0; i < (count + 1) / 2; i++) {
+    out[2 * i] = packed[i] & 15;
+    out[2 * i + 1] = packed[i] >> 4;
+  }
+}
+
+// Steps of `n` weights from `start`, rounded to even, before clipping. Beyond 2**22 only sign and size are right.
+INLINE void grid_steps(const Grid& g, int64_t row, int64_t start, int n, float* steps) {
+  const Weight& w = g.weight;
+  uint8_t codes[GRID_PART], residual[GRID_PART];
+  const uint8_t* packed = w.codes + row * w.row_bytes + start * w.bits / 8;
+  const float* delta = g.delta + row * w.in_features + start;
+  const float offset = float(1 << (w.bits - 1));
+  if (w.bits == 4)
+    unpack_pairs(packed, n, codes);
+  else
+    memcpy(codes, packed, n);
+  if (g.residual) {
+    unpack_pairs(g.residual + row * g.residual_bytes + start / 2, n, residual);
+    for (int i = 0; i < n; i++) {
+      const float code = (float(codes[i]) - offset) + (float(residual[i]) - 8.0f) * 0.0625f;
+      steps[i] = ((code + delta[i]) + ROUND) - ROUND;
+    }
+    return;
+  }
+  for (int i = 0; i < n; i++) steps[i] = (((float(codes[i]) - offset) + delta[i]) + ROUND) - ROUND;
+}
+
+// Within the codes; NaN stays NaN.
+INLINE float clipped(float steps, float low, float high) {
+  const float most = steps > high ? high : steps;
+  return most < low ? low : most;
+}
+
+void grid_row(const Grid& g, int64_t row, Float type, void* out) {
+  const Weight& w = g.weight;
+  const int64_t group = w.in_features / w.groups, size = type == Float::f32 ? 4 : 2;
+  const float high = float((1 << (w.bits - 1)) - 1), low = -high - 1;
+  float steps[GRID_PART];
+  for (int64_t start = 0; start < w.in_features; start += GRID_PART) {
+    const int n = w.in_features - start < GRID_PART ? int(w.in_features - start) : GRID_PART;
+    grid_steps(g, row, start, n, steps);
+    for (int i = 0; i < n;) {
+      const int64_t at = (start + i) / group, left = (at + 1) * group - start;
+      const int end = left < n ? int(left) : n;
+      const float zero = float(zero_point(w, row, at) - (1 << (w.bits - 1))), scale = g.scale[row * w.groups + at];
+      for (; i < end; i++) steps[i] = (clipped(steps[i], low, high) - zero) * scale;
+    }
+    from_float(steps, type, n, (char*)out + start * size);
+  }
+}
+
+void grid_gradients(const Grid& g, int64_t row, const float* grad, float* grad_delta, float* grad_scale) {
+  const Weight& w = g.weight;
+  const int64_t group = w.in_features / w.groups;
+  const float high = float((1 << (w.bits - 1)) - 1), low = -high - 1;
+  float steps[GRID_PART];
+  for (int64_t at = 0; at < w.groups; at++) grad_scale[at] = 0;
+  for (int64_t start = 0; start < w.in_features; start += GRID_PART) {
+    const int n = w.in_features - start < GRID_PART ? int(w.in_features - start) : GRID_PART;
+    grid_steps(g, row, start, n, steps);
+    for (int i = 0; i < n;) {
+      const int64_t at = (start + i) / group, left = (at + 1) * group - start;
+      const int end = left < n ? int(left) : n;
+      const float zero = float(zero_point(w, row, at) - (1 << (w.bits - 1))), scale = g.scale[row * w.groups + at];
+      float sums[16] = {};
+      for (; i + 16 <= end; i += 16)
+        for (int j = 0; j < 16; j++) {
+          const float step = steps[i + j], code = clipped(step, low, high), from = grad[start + i + j];
+          grad_delta[start + i + j] = code == step ? from * scale : 0.0f;
+          sums[j] += from * (code - zero);
+        }
+      for (; i < end; i++) {
+        const float code = clipped(steps[i], low, high), from = grad[start + i];
+        grad_delta[start + i] = code == steps[i] ? from * scale : 0.0f;
+        sums[0] += from * (code - zero);
+      }
+      for (int j = 8; j; j /= 2)
+        for (int k = 0; k < j; k++) sums[k] += sums[k + j];
+      grad_scale[at] += sums[0];
+    }
   }
 }
 

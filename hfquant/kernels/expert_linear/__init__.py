@@ -14,7 +14,7 @@ def _fake(x: Tensor, ends: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 def _refuses(
-    x: Tensor, ends: Any, weight: Any, scale: Tensor, zero: Any, input_scale: Any, bias: Any, dynamic: bool, bits: int
+    x: Tensor, ends: Any, weight: Any, scale: Tensor, zero: Any, input_scale: Any, bias: Any, dynamic: bool, *_: Any
 ) -> str | None:
     if dynamic or input_scale is not None:
         return "experts with integer activations run one after the other"
@@ -26,7 +26,7 @@ def _refuses(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ends, weight, weight_scale, zero_point, _, bias, _, ctx.bits = inputs
+    x, ends, weight, weight_scale, zero_point, _, bias, *_, ctx.bits = inputs
     ctx.save_for_backward(ends, weight, weight_scale, zero_point)
     ctx.in_features, ctx.has_bias = x.shape[-1], bias is not None
 
@@ -39,12 +39,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.has_bias and ctx.needs_input_grad[6]:
         expert = torch.searchsorted(ends, torch.arange(grad.shape[0], device=ends.device), right=True)
         grad_bias = grad.new_zeros((len(ends) + 1, grad.shape[1])).index_add(0, expert, grad)[:-1]
-    return grad_x, None, None, None, None, None, grad_bias, None, None
+    return grad_x, None, None, None, None, None, grad_bias, None, None, None
 
 
 define_op(
     "expert_linear(Tensor x, Tensor expert_ends, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, "
-    "Tensor? input_scale, Tensor? bias, bool dynamic, int bits) -> Tensor",
+    "Tensor? input_scale, Tensor? bias, bool dynamic, bool asymmetric, int bits) -> Tensor",
     reference=expert_linear_reference,
     fake=_fake,
 )
@@ -69,6 +69,7 @@ def expert_linear(
     input_scale: Tensor | None = None,
     bias: Tensor | None = None,
     dynamic: bool = False,
+    asymmetric: bool = False,
 ) -> Tensor:
     """``x[rows of e] @ dequantize(weight[e]).T + bias[e]`` for every expert e; nothing waits for the GPU.
 
@@ -84,12 +85,13 @@ def expert_linear(
         input_scale: Bit pattern of the static activation scale ``[1]``, int16; makes activations static INT8.
         bias: ``[experts, N]`` or ``None``.
         dynamic: Quantize activations to INT8 with one scale per row.
+        asymmetric: With ``dynamic``: rows have a zero point too.
 
     Returns:
         ``[M, N]`` in the dtype of ``x``; rows beyond the last expert's are 0.
     """
     bias = None if bias is None else bias.to(x.dtype)
     out: Tensor = torch.ops.hfquant.expert_linear(
-        x, expert_ends, weight, weight_scale, weight_zero_point, input_scale, bias, dynamic, bits
+        x, expert_ends, weight, weight_scale, weight_zero_point, input_scale, bias, dynamic, asymmetric, bits
     )
     return out

@@ -27,6 +27,7 @@ def expert_linear_reference(
     input_scale: Tensor | None,
     bias: Tensor | None,
     dynamic: bool,
+    asymmetric: bool,
     bits: int,
 ) -> Tensor:
     """See ``hfquant.kernels.expert_linear.expert_linear``."""
@@ -35,7 +36,7 @@ def expert_linear_reference(
     for expert, rows in expert_spans(expert_ends):
         packed = weight[expert], weight_scale[expert], None if zero_point is None else zero_point[expert]
         own = None if bias is None else bias[expert]
-        out[rows] = linear(x[rows], *packed, input_scale=input_scale, bias=own, dynamic=dynamic)
+        out[rows] = linear(x[rows], *packed, input_scale=input_scale, bias=own, dynamic=dynamic, asymmetric=asymmetric)
     return out
 
 

@@ -16,6 +16,7 @@ def expert_linear_triton(
     input_scale: Tensor | None,
     bias: Tensor | None,
     dynamic: bool,
+    asymmetric: bool,
     bits: int,
 ) -> Tensor:
     """See ``hfquant.kernels.expert_linear.expert_linear``."""

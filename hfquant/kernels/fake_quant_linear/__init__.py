@@ -46,7 +46,7 @@ class GridWeight(NamedTuple):
 _GRID = (
     "Tensor x, Tensor weight, Tensor log_scale, Tensor scale, Tensor? zero_point, Tensor? codes, Tensor? lora_a, "
     "Tensor? lora_b, Tensor? input_log_scale, Tensor? input_scale, Tensor? bias, float lora_factor, bool dynamic, "
-    "int bits, float blend"
+    "bool asymmetric, int bits, float blend"
 )
 
 
@@ -56,7 +56,7 @@ def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     lora_a, lora_b, input_scale = rest[2:5]
-    needs_x, needs_weight = rest[9:]
+    needs_x, needs_weight = rest[10:]
     wide = torch.promote_types(weight.dtype, torch.float32)
     empty = x.new_empty(0)
     adapted = needs_weight and lora_a is not None
@@ -80,8 +80,9 @@ define_op(
 define_op(f"fake_quant_linear({_GRID}) -> Tensor", reference=fake_quant_linear_reference, fake=_fake)
 define_op(
     "fake_quant_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, "
-    "Tensor? codes, Tensor? lora_a, Tensor? lora_b, Tensor? input_scale, float lora_factor, bool dynamic, int bits, "
-    "float blend, bool needs_x, bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? codes, Tensor? lora_a, Tensor? lora_b, Tensor? input_scale, float lora_factor, bool dynamic, "
+    "bool asymmetric, int bits, float blend, bool needs_x, bool needs_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=fake_quant_linear_backward_reference,
     fake=_fake_backward,
 )
@@ -97,7 +98,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     wanted = ctx.needs_input_grad
     needs_x, needs_weight = wanted[0] or wanted[8], wanted[1] or wanted[2] or wanted[6]
-    grads: list[Tensor | None] = [None] * 15
+    grads: list[Tensor | None] = [None] * 16
     if needs_x or needs_weight:
         found = torch.ops.hfquant.fake_quant_linear_backward(
             grad, *ctx.saved_tensors, *ctx.arguments, needs_x, needs_weight
@@ -134,6 +135,7 @@ def fake_quant_linear(
     bits: int,
     bias: Tensor | None = None,
     dynamic: bool = False,
+    asymmetric: bool = False,
     input_log_scale: Tensor | None = None,
     input_scale: Tensor | None = None,
     lora_factor: float = 1.0,
@@ -149,6 +151,7 @@ def fake_quant_linear(
         bits: Bits per code of the weight.
         bias: ``[N]``, cast to the dtype of ``x``, or ``None``.
         dynamic: Quantize activations to INT8 with one scale per row.
+        asymmetric: With ``dynamic``: rows have a zero point too.
         input_log_scale: ``u`` of the static activation scale ``[1]``, for its gradient.
         input_scale: Static activation scale ``[1]``, float32; makes activations static INT8.
         lora_factor: The weight is ``weight + lora_factor * lora_b @ lora_a``.
@@ -158,5 +161,7 @@ def fake_quant_linear(
         ``[..., N]`` in the dtype of ``x``.
     """
     scales = (input_log_scale, input_scale)
-    out: Tensor = torch.ops.hfquant.fake_quant_linear(x, *grid, *scales, bias, lora_factor, dynamic, bits, blend)
+    out: Tensor = torch.ops.hfquant.fake_quant_linear(
+        x, *grid, *scales, bias, lora_factor, dynamic, asymmetric, bits, blend
+    )
     return out

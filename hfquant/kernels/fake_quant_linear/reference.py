@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from hfquant.kernels.int8_linear.reference import linear_on_codes
-from hfquant.kernels.quantize_rows.reference import quantize_rows_reference
+from hfquant.kernels.quantize_rows.reference import quantized_values
 from hfquant.numerics.straight_through import (
     activation_gradients,
     learned_scale,
@@ -34,6 +34,7 @@ def fake_quant_linear_reference(
     bias: Tensor | None,
     lora_factor: float,
     dynamic: bool,
+    asymmetric: bool,
     bits: int,
     blend: float,
 ) -> Tensor:
@@ -43,10 +44,10 @@ def fake_quant_linear_reference(
         if codes is None:
             codes = row_codes(adapted_weight(weight, lora_a, lora_b, lora_factor), scale, zero_point, bits=bits)
         if blend == 1.0:
-            return linear_on_codes(x, codes, scale, zero_point, input_scale, bias, dynamic)
+            return linear_on_codes(x, codes, scale, zero_point, input_scale, bias, dynamic, asymmetric)
         weight = adapted_weight(weight, lora_a, lora_b, lora_factor)
         values = _blended_weight(weight, codes, scale, zero_point, blend, x.dtype)
-        return linear(_blended_activations(x, input_scale, dynamic, blend), values, bias)
+        return linear(_blended_activations(x, input_scale, dynamic, asymmetric, blend), values, bias)
 
 
 def fake_quant_linear_backward_reference(
@@ -61,6 +62,7 @@ def fake_quant_linear_backward_reference(
     input_scale: Tensor | None,
     lora_factor: float,
     dynamic: bool,
+    asymmetric: bool,
     bits: int,
     blend: float,
     needs_x: bool,
@@ -68,8 +70,7 @@ def fake_quant_linear_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, log_scale, lora_a, lora_b and input_log_scale; those nobody needs are empty."""
     grad_rows, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    empty = x.new_empty(0)
-    grad_x = grad_weight = grad_scale = grad_a = grad_b = grad_input_scale = empty
+    grad_x = grad_weight = grad_scale = grad_a = grad_b = grad_input_scale = x.new_empty(0)
     with torch.autocast(x.device.type, enabled=False):
         adapted = adapted_weight(weight, lora_a, lora_b, lora_factor) if needs_weight or blend < 1 else weight
         if needs_x:
@@ -80,7 +81,7 @@ def fake_quant_linear_backward_reference(
                 grad_x, grad_input_scale = activation_gradients(grad_x, rows, input_scale, blend=blend)
             grad_x = grad_x.view(x.shape)
         if needs_weight:
-            inputs = _blended_activations(rows, input_scale, dynamic, blend)
+            inputs = _blended_activations(rows, input_scale, dynamic, asymmetric, blend)
             wide = torch.promote_types(adapted.dtype, torch.float32)
             grad_weight, grad_scale = weight_gradients(
                 (grad_rows.t() @ inputs).to(wide), adapted, scale, zero_point, bits=bits, blend=blend
@@ -106,11 +107,9 @@ def _blended_weight(
     return values if blend == 1.0 else torch.lerp(weight.to(dtype), values, blend)
 
 
-def _blended_activations(x: Tensor, input_scale: Tensor | None, dynamic: bool, blend: float) -> Tensor:
+def _blended_activations(
+    x: Tensor, input_scale: Tensor | None, dynamic: bool, asymmetric: bool, blend: float
+) -> Tensor:
     """What the weight is multiplied with, in the dtype of ``x``."""
-    if not dynamic and input_scale is None:
-        return x
-    rows = x.reshape(-1, x.shape[-1])
-    codes, row_scale = quantize_rows_reference(rows, input_scale)
-    values = (codes.to(row_scale.dtype) * row_scale).to(x.dtype).view(x.shape)
-    return values if blend == 1.0 else torch.lerp(x, values, blend)
+    values = quantized_values(x, input_scale, dynamic, asymmetric)
+    return values if blend == 1.0 or values is x else torch.lerp(x, values, blend)

@@ -8,28 +8,55 @@ from hfquant.numerics.packing import unpack
 
 
 def grid_weight_reference(
-    codes: Tensor, residual: Tensor | None, delta: Tensor, scale: Tensor, dtype: torch.dtype
+    codes: Tensor,
+    residual: Tensor | None,
+    delta: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """See ``hfquant.kernels.grid_weight.grid_weight``."""
-    steps = grid_steps(codes, residual, delta)
-    grouped = split_groups(steps.clamp(*code_range(4)), delta.shape[-1] // scale.shape[-1])
-    return (grouped * scale.unsqueeze(-1)).to(dtype).reshape(delta.shape)
+    steps = grid_steps(codes, residual, delta, bits=bits).clamp_(*code_range(bits))
+    grouped = _from_zero(split_groups(steps, delta.shape[-1] // scale.shape[-1]), zero_point, scale, bits)
+    return grouped.mul_(scale.unsqueeze(-1)).to(dtype).view(delta.shape)
 
 
 def grid_weight_backward_reference(
-    grad: Tensor, codes: Tensor, residual: Tensor | None, delta: Tensor, scale: Tensor
+    grad: Tensor,
+    codes: Tensor,
+    residual: Tensor | None,
+    delta: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``delta`` and ``scale``; see ``hfquant.kernels.grid_weight.grid_weight``."""
     size = delta.shape[-1] // scale.shape[-1]
-    steps = split_groups(grid_steps(codes, residual, delta), size)
-    clipped, grouped = steps.clamp(*code_range(4)), split_groups(grad.float(), size)
-    grad_delta = torch.where(clipped == steps, grouped * scale.unsqueeze(-1), 0)
-    return grad_delta.to(delta.dtype).reshape(delta.shape), (grouped * clipped).sum(-1)
+    steps = split_groups(grid_steps(codes, residual, delta, bits=bits), size)
+    grouped = split_groups(grad.to(steps.dtype), size)
+    clipped = steps.clamp(*code_range(bits))
+    outside = clipped != steps
+    grad_scale = torch.linalg.vecdot(grouped, _from_zero(clipped, zero_point, scale, bits))
+    grad_delta = (grouped * scale.unsqueeze(-1)).masked_fill_(outside, 0.0)
+    return grad_delta.to(delta.dtype).view(delta.shape), grad_scale.to(scale.dtype)
 
 
-def grid_steps(codes: Tensor, residual: Tensor | None, delta: Tensor) -> Tensor:
-    """``round(codes + residual / 16 + delta)`` before clipping, ``[N, K]`` float32; adding starts with the codes."""
-    steps = unpack(codes, bits=4, length=delta.shape[-1]).float()
+def grid_steps(codes: Tensor, residual: Tensor | None, delta: Tensor, *, bits: int) -> Tensor:
+    """``round(codes + residual / 16 + delta)`` before clipping, ``[N, K]``, float32 or wider; codes are added first."""
+    steps = unpack(codes, bits=bits, length=delta.shape[-1]).to(torch.promote_types(delta.dtype, torch.float32))
     if residual is not None:
-        steps = steps + unpack(residual, bits=4, length=delta.shape[-1]).float() / 16
-    return torch.round(steps + delta.float())
+        steps.add_(unpack(residual, bits=4, length=delta.shape[-1]), alpha=1 / 16)
+    return steps.add_(delta).round_()
+
+
+def grid_codes(codes: Tensor, residual: Tensor | None, delta: Tensor, *, bits: int) -> Tensor:
+    """The codes ``[N, K]`` (int8) that the weight has: the steps, clipped."""
+    return grid_steps(codes, residual, delta, bits=bits).clamp_(*code_range(bits)).to(torch.int8)
+
+
+def _from_zero(steps: Tensor, zero_point: Tensor | None, scale: Tensor, bits: int) -> Tensor:
+    """Steps from 0.0, in place: ``steps [N, K // G, G]`` less the zero point of each group."""
+    if zero_point is None:
+        return steps
+    return steps.sub_(unpack(zero_point, bits=bits, length=scale.shape[-1]).unsqueeze(-1))

@@ -72,7 +72,13 @@ def _launch(kernel: Any, pointers: list[Tensor | None], delta: Tensor, groups: i
 
 
 def grid_weight_triton(
-    codes: Tensor, residual: Tensor | None, delta: Tensor, scale: Tensor, dtype: torch.dtype
+    codes: Tensor,
+    residual: Tensor | None,
+    delta: Tensor,
+    scale: Tensor,
+    zero_point: None,
+    bits: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """See ``hfquant.kernels.grid_weight.grid_weight``."""
     delta, scale = delta.contiguous(), scale.contiguous()
@@ -84,7 +90,7 @@ def grid_weight_triton(
 
 
 def grid_weight_backward_triton(
-    grad: Tensor, codes: Tensor, residual: Tensor | None, delta: Tensor, scale: Tensor
+    grad: Tensor, codes: Tensor, residual: Tensor | None, delta: Tensor, scale: Tensor, zero_point: None, bits: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``delta`` and ``scale``; see ``hfquant.kernels.grid_weight.grid_weight``."""
     delta, scale = delta.contiguous(), scale.contiguous()

@@ -13,6 +13,7 @@ def int4_linear_reference(
     input_scale: Tensor | None,
     bias: Tensor | None,
     dynamic: bool,
+    asymmetric: bool,
 ) -> Tensor:
     """See ``hfquant.kernels.int4_linear.int4_linear``."""
-    return quant_linear_reference(x, weight, weight_scale, zero_point, input_scale, bias, dynamic, bits=4)
+    return quant_linear_reference(x, weight, weight_scale, zero_point, input_scale, bias, dynamic, asymmetric, bits=4)

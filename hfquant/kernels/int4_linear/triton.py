@@ -1,5 +1,7 @@
 """The INT4 linear layer in Triton; the INT8 one differs only in how integer activations meet integer weights."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -26,37 +28,53 @@ def int4_linear_triton(
     input_scale: Tensor | None,
     bias: Tensor | None,
     dynamic: bool,
+    asymmetric: bool,
 ) -> Tensor:
     """See ``hfquant.kernels.int4_linear.int4_linear``."""
     rows, packed = rows_of(x), PackedWeight(weight, weight_scale, zero_point)
-    codes = row_scale = None
+    activations = None
     if dynamic or input_scale is not None:
-        codes, row_scale = quantize_activations(rows, input_scale)
-    out = float_matmul(rows, codes, row_scale, packed, bias, bits=4)
+        activations = quantize_activations(rows, input_scale, asymmetric)
+    out = float_matmul(rows, activations, packed, bias, bits=4)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def quantize_activations(rows: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """INT8 codes ``[M, K]`` and scales ``[M, 1]`` of activations, static where ``input_scale`` is given."""
-    return quantize_rows_triton(rows, None if input_scale is None else scale_from_bits(input_scale))
+class QuantizedRows(NamedTuple):
+    """INT8 codes ``[M, K]`` of activations, scales ``[M, 1]`` (float32) and zero points ``[M, 1]`` or ``None``."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def steps(self, dtype: torch.dtype) -> Tensor:
+        """Codes less zero points, in ``dtype``: integers up to 255, exact in every floating dtype."""
+        codes = self.codes if self.zero_point is None else self.codes.to(torch.int16) - self.zero_point
+        return codes.to(dtype)
+
+
+def quantize_activations(rows: Tensor, input_scale: Tensor | None, asymmetric: bool) -> QuantizedRows:
+    """INT8 activations, static where ``input_scale`` is given."""
+    fixed = None if input_scale is None else scale_from_bits(input_scale)
+    codes, scale, zero_point = quantize_rows_triton(rows, fixed, asymmetric)
+    return QuantizedRows(codes, scale, zero_point if asymmetric and fixed is None else None)
 
 
 def float_matmul(
     rows: Tensor,
-    codes: Tensor | None,
-    row_scale: Tensor | None,
+    activations: QuantizedRows | None,
     packed: PackedWeight,
     bias: Tensor | None,
     *,
     bits: int,
 ) -> Tensor:
-    """Product of activations, or of their ``codes * row_scale``, with packed weights, in floating point."""
+    """Product of ``rows``, or of what they are quantized to, with packed weights, in floating point."""
     (m, k), groups, dtype = rows.shape, packed.weight_scale.shape[-1], rows.dtype
     half = dtype in (torch.float16, torch.bfloat16)
     if half and m <= FUSED_ROWS and fits_groups(k, groups, bits):
-        values = rows if codes is None else codes.to(dtype)  # integers up to 128 are exact
-        return packed_matmul(values, packed, bits=bits, bias=bias, row_scale=row_scale)
-    if codes is not None and row_scale is not None:
-        rows = (codes * row_scale).to(dtype)
+        if activations is None:
+            return packed_matmul(rows, packed, bits=bits, bias=bias)
+        return packed_matmul(activations.steps(dtype), packed, bits=bits, bias=bias, row_scale=activations.scale)
+    if activations is not None:
+        rows = (activations.steps(torch.float32) * activations.scale).to(dtype)
     weight = dequantize_triton(*packed, bits, k, dtype)
     return torch.nn.functional.linear(rows, weight, bias)

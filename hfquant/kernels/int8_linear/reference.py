@@ -18,9 +18,10 @@ def int8_linear_reference(
     input_scale: Tensor | None,
     bias: Tensor | None,
     dynamic: bool,
+    asymmetric: bool,
 ) -> Tensor:
     """See ``hfquant.kernels.int8_linear.int8_linear``."""
-    return quant_linear_reference(x, weight, weight_scale, zero_point, input_scale, bias, dynamic, bits=8)
+    return quant_linear_reference(x, weight, weight_scale, zero_point, input_scale, bias, dynamic, asymmetric, bits=8)
 
 
 def quant_linear_reference(
@@ -31,6 +32,7 @@ def quant_linear_reference(
     input_scale: Tensor | None,
     bias: Tensor | None,
     dynamic: bool,
+    asymmetric: bool,
     *,
     bits: int,
 ) -> Tensor:
@@ -44,6 +46,7 @@ def quant_linear_reference(
         None if input_scale is None else scale_from_bits(input_scale),
         bias,
         dynamic,
+        asymmetric,
     )
 
 
@@ -55,6 +58,7 @@ def linear_on_codes(
     input_scale: Tensor | None,
     bias: Tensor | None,
     dynamic: bool,
+    asymmetric: bool = False,
 ) -> Tensor:
     """The same on codes ``[N, K]`` (int8) and scales ``[N, K // G]`` (float32) that are not packed.
 
@@ -63,13 +67,13 @@ def linear_on_codes(
     if not dynamic and input_scale is None:
         return linear(x, row_values(codes, scale, zero_point, dtype=x.dtype), bias)
     rows = x.reshape(-1, x.shape[-1])
-    x_codes, row_scale = quantize_rows_reference(rows, input_scale)
+    x_codes, row_scale, row_zero = quantize_rows_reference(rows, input_scale, asymmetric)
     if scale.shape[-1] == 1 and zero_point is None:
-        product = integer_matmul(x_codes, codes)
+        product = integer_matmul(x_codes, codes, row_zero if asymmetric else None)
         out = product * scale.flatten() * row_scale
     else:
         # Groups have scales of their own: sum codes times weights in float32, where each product is exact.
         values = row_values(codes, scale, zero_point, dtype=row_scale.dtype)
-        out = linear(x_codes.to(row_scale.dtype), values) * row_scale
+        out = linear(x_codes.to(row_scale.dtype) - row_zero, values) * row_scale
     out = out if bias is None else out + bias
     return out.to(x.dtype).view(*x.shape[:-1], codes.shape[0])

@@ -8,9 +8,18 @@ import triton.language as tl
 from torch import Tensor
 
 from hfquant.kernels.grid.triton import processors, rows_of
-from hfquant.kernels.int4_linear.triton import float_matmul, quantize_activations
+from hfquant.kernels.int4_linear.triton import QuantizedRows, float_matmul, quantize_activations
 from hfquant.kernels.packed_matmul.triton import SLICES
 from hfquant.numerics.packing import PackedWeight
+
+
+@triton.jit
+def _without_zero(acc, sums, zx_ptr, token):
+    """Sums ``[BN, BM]`` of products with codes, less the zero points of the rows times the sums of weights ``[BN]``.
+
+    Those come from a product with 16 columns of ones: adding up outside tensor cores costs an instruction a weight.
+    """
+    return acc - sums[:, None] * tl.load(zx_ptr + token).to(tl.int32)[None, :]
 
 
 @triton.jit
@@ -25,7 +34,7 @@ def _store_scaled(acc, sw_ptr, sx_ptr, bias_ptr, out_ptr, n, m, row, token, M, N
 
 @triton.jit(do_not_specialize=["M"])
 def int8_few_rows_kernel(
-    x_ptr, w_ptr, sw_ptr, sx_ptr, bias_ptr, out_ptr, M, N, K, WIDTH,
+    x_ptr, w_ptr, sw_ptr, sx_ptr, zx_ptr, bias_ptr, out_ptr, M, N, K, WIDTH,
     S: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """``S`` warps share a tile and take ``BK`` inputs each, as in ``packed_matmul``; int32 sums are exact."""
@@ -33,7 +42,7 @@ def int8_few_rows_kernel(
     row, token = tl.minimum(n, N - 1).to(tl.int64), tl.minimum(m, M - 1).to(tl.int64)
     k = tl.arange(0, S)[:, None, None] * BK + tl.arange(0, BK)[None, None, :]
     w_at, x_at = w_ptr + row[None, :, None] * WIDTH + k, x_ptr + token[None, :, None] * K + k
-    acc = tl.zeros((S, BN, BM), tl.int32)
+    acc, sums = tl.zeros((S, BN, BM), tl.int32), tl.zeros((S, BN, 16), tl.int32)
     for i in tl.range(0, tl.cdiv(K, S * BK), num_stages=STAGES):
         if EVEN:
             w, x = tl.load(w_at + i * (S * BK)), tl.load(x_at + i * (S * BK))
@@ -41,12 +50,18 @@ def int8_few_rows_kernel(
             w = tl.load(w_at + i * (S * BK), mask=i * (S * BK) + k < WIDTH, other=0)
             x = tl.load(x_at + i * (S * BK), mask=i * (S * BK) + k < K, other=0)
         acc = tl.dot(w ^ -128, tl.trans(x, 0, 2, 1), acc, out_dtype=tl.int32)
-    _store_scaled(tl.sum(acc, 0), sw_ptr, sx_ptr, bias_ptr, out_ptr, n, m, row, token, M, N)
+        if zx_ptr is not None:
+            ones = tl.broadcast_to((i * (S * BK) + tl.trans(k, 0, 2, 1) < K).to(tl.int8), (S, BK, 16))
+            sums = tl.dot(w ^ -128, ones, sums, out_dtype=tl.int32)
+    total = tl.sum(acc, 0)
+    if zx_ptr is not None:
+        total = _without_zero(total, tl.max(tl.sum(sums, 0), 1), zx_ptr, token)
+    _store_scaled(total, sw_ptr, sx_ptr, bias_ptr, out_ptr, n, m, row, token, M, N)
 
 
 @triton.jit(do_not_specialize=["M"])
 def int8_many_rows_kernel(
-    x_ptr, w_ptr, sw_ptr, sx_ptr, bias_ptr, out_ptr, M, N, K, WIDTH,
+    x_ptr, w_ptr, sw_ptr, sx_ptr, zx_ptr, bias_ptr, out_ptr, M, N, K, WIDTH,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One tile a program; bands of ``BAND`` tiles of outputs share rows of x in the L2 cache."""
@@ -58,7 +73,7 @@ def int8_many_rows_kernel(
     m = inside // height * BM + tl.arange(0, BM)
     row, token, k = tl.minimum(n, N - 1).to(tl.int64), tl.minimum(m, M - 1).to(tl.int64), tl.arange(0, BK)
     w_at, x_at = w_ptr + row[:, None] * WIDTH + k[None, :], x_ptr + token[None, :] * K + k[:, None]
-    acc = tl.zeros((BN, BM), tl.int32)
+    acc, sums = tl.zeros((BN, BM), tl.int32), tl.zeros((BN, 16), tl.int32)
     for i in tl.range(0, tl.cdiv(K, BK), num_stages=STAGES):
         if EVEN:
             w, x = tl.load(w_at + i * BK), tl.load(x_at + i * BK)
@@ -66,37 +81,42 @@ def int8_many_rows_kernel(
             w = tl.load(w_at + i * BK, mask=i * BK + k[None, :] < WIDTH, other=0)
             x = tl.load(x_at + i * BK, mask=i * BK + k[:, None] < K, other=0)
         acc = tl.dot(w ^ -128, x, acc, out_dtype=tl.int32)
+        if zx_ptr is not None:
+            ones = tl.broadcast_to((i * BK + k[:, None] < K).to(tl.int8), (BK, 16))
+            sums = tl.dot(w ^ -128, ones, sums, out_dtype=tl.int32)
+    if zx_ptr is not None:
+        acc = _without_zero(acc, tl.max(sums, 1), zx_ptr, token)
     _store_scaled(acc, sw_ptr, sx_ptr, bias_ptr, out_ptr, n, m, row, token, M, N)
 
 
-def int8_matmul(
-    codes: Tensor, row_scale: Tensor, packed: PackedWeight, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """``(codes @ weight codes.T) * weight_scale * row_scale + bias``, as ``[M, N]`` in ``dtype``.
+def int8_matmul(activations: QuantizedRows, packed: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``((codes - zero_point) @ weight codes.T) * weight_scale * row_scale + bias``, as ``[M, N]`` in ``dtype``.
 
     Args:
-        codes: Of activations ``[M, K]``, int8.
-        row_scale: ``[M, 1]``, float32.
+        activations: Of ``[M, K]``.
         packed: INT8 weight ``[N, K]`` with one scale a row and no zero point.
         bias: ``[N]``.
         dtype: Of the result.
     """
+    codes, row_scale, row_zero = activations
     (m, k), n = codes.shape, packed.weight.shape[0]
     out = codes.new_empty((m, n), dtype=dtype)
     weight, scale = packed.weight.contiguous().view(torch.int8), packed.weight_scale.contiguous().view(torch.bfloat16)
-    kernel, tile, warps = choose_kernel(n, m, k, codes.device)
+    kernel, tile, warps = choose_kernel(n, m, k, codes.device, asymmetric=row_zero is not None)
     rows, columns = triton.cdiv(n, tile["BN"]), triton.cdiv(m, tile["BM"])
     grid = (rows, columns) if "S" in tile else (rows * columns,)
     with torch.cuda.device_of(codes):
         # Without fusion of products and sums the bias is added to what the reference adds it to.
         kernel[grid](
-            codes, weight, scale, row_scale, bias, out, m, n, k, weight.shape[-1], **tile, num_warps=warps,
+            codes, weight, scale, row_scale, row_zero, bias, out, m, n, k, weight.shape[-1], **tile, num_warps=warps,
             enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
 
-def choose_kernel(n: int, m: int, k: int, device: torch.device) -> tuple[Any, dict[str, int | bool], int]:
+def choose_kernel(
+    n: int, m: int, k: int, device: torch.device, *, asymmetric: bool = False
+) -> tuple[Any, dict[str, int | bool], int]:
     """Kernel, tile and warps for ``m`` rows and ``n`` outputs; no tile spills or exceeds any target's memory."""
     if m <= 64:
         bm = 8 if m <= 8 else 16 if m <= 16 else 32
@@ -104,7 +124,8 @@ def choose_kernel(n: int, m: int, k: int, device: torch.device) -> tuple[Any, di
         while bn > 16 and -(-n // bn) * -(-m // bm) < 3 * processors(device) // 4:
             bn //= 2
         even = k % (SLICES * 128) == 0
-        return int8_few_rows_kernel, {"S": SLICES, "BN": bn, "BM": bm, "BK": 128, "STAGES": 3, "EVEN": even}, 4
+        stages = 2 if asymmetric and bm == 32 else 3  # ones for the sums of weights take shared memory too
+        return int8_few_rows_kernel, {"S": SLICES, "BN": bn, "BM": bm, "BK": 128, "STAGES": stages, "EVEN": even}, 4
     bm = 128 if -(-n // 128) * -(-m // 128) >= processors(device) else 64
     tile = {"BN": 128, "BM": bm, "BK": 128, "BAND": 8, "STAGES": 3, "EVEN": k % 128 == 0}
     return int8_many_rows_kernel, tile, 8
@@ -118,14 +139,15 @@ def int8_linear_triton(
     input_scale: Tensor | None,
     bias: Tensor | None,
     dynamic: bool,
+    asymmetric: bool,
 ) -> Tensor:
     """See ``hfquant.kernels.int8_linear.int8_linear``."""
     rows, packed = rows_of(x), PackedWeight(weight, weight_scale, zero_point)
-    codes = row_scale = None
+    activations = None
     if dynamic or input_scale is not None:
-        codes, row_scale = quantize_activations(rows, input_scale)
-    if codes is not None and row_scale is not None and weight_scale.shape[-1] == 1 and zero_point is None:
-        out = int8_matmul(codes, row_scale, packed, bias, x.dtype)
+        activations = quantize_activations(rows, input_scale, asymmetric)
+    if activations is not None and weight_scale.shape[-1] == 1 and zero_point is None:
+        out = int8_matmul(activations, packed, bias, x.dtype)
     else:
-        out = float_matmul(rows, codes, row_scale, packed, bias, bits=8)
+        out = float_matmul(rows, activations, packed, bias, bits=8)
     return out.view(*x.shape[:-1], weight.shape[0])

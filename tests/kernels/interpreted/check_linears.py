@@ -12,7 +12,7 @@ from hfquant.kernels.expert_linear.triton import expert_linear_triton
 from hfquant.kernels.int4_linear.triton import int4_linear_triton
 from hfquant.kernels.int8_linear import triton as int8
 from hfquant.kernels.packed_matmul import triton as packed_matmul
-from tests.support.linear_case import KINDS, LinearCase
+from tests.support.linear_case import INTEGER_KINDS, KINDS, LinearCase
 from tests.support.tolerance import assert_close
 
 
@@ -42,7 +42,7 @@ def _processors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 def check(case: LinearCase, kind: str, *, exact: bool = False, bias: bool = True) -> None:
     given = case.arguments(kind)
     shift = case.bias if bias else None
-    arguments = given.get("input_scale"), shift, given.get("dynamic", False)
+    arguments = given.get("input_scale"), shift, given.get("dynamic", False), given.get("asymmetric", False)
     result = LINEARS[case.bits](case.x, *case.packed, *arguments)
     assert result.dtype == case.x.dtype
     if exact:
@@ -81,14 +81,14 @@ def test_rows_that_fill_no_tile(bits: int, shape: tuple[int, int, int], kind: st
 
 
 @pytest.mark.usefixtures("_processors")
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", INTEGER_KINDS)
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(1, 512, 70), (16, 512, 17), (20, 100, 33), (66, 128, 40)], ids=str)
 def test_integer_products_equal_the_reference(shape: tuple[int, int, int], dtype: torch.dtype, kind: str) -> None:
     check(LinearCase(*shape, 8, None, True, dtype), kind, exact=True)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", INTEGER_KINDS)
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 128), (8, 64)], ids=str)
 def test_integer_activations_on_grouped_weights(bits: int, group: int, kind: str) -> None:
     for m, dtype in ((3, torch.bfloat16), (66, torch.float16)):
@@ -108,7 +108,7 @@ def test_dequantized_products(bits: int, dtype: torch.dtype, group: int, m: int)
 def test_strided_and_batched_activations(bits: int, kind: str) -> None:
     case = LinearCase(6, 128, 9, bits, dtype=torch.bfloat16)
     given = case.arguments(kind)
-    arguments = given.get("input_scale"), None, given.get("dynamic", False)
+    arguments = given.get("input_scale"), None, given.get("dynamic", False), given.get("asymmetric", False)
     expected = LINEARS[bits](case.x, *case.packed, *arguments)
     strided = torch.empty(6, 256, dtype=torch.bfloat16)[:, ::2].copy_(case.x)
     assert torch.equal(LINEARS[bits](strided, *case.packed, *arguments), expected)
@@ -122,7 +122,8 @@ def test_a_bad_row_stays_bad_and_alone(bits: int, kind: str, bad: float) -> None
     case = LinearCase(3, 128, 5, bits, dtype=torch.bfloat16)
     case.x[1, 3] = bad
     given = case.arguments(kind)
-    out = LINEARS[bits](case.x, *case.packed, given.get("input_scale"), None, given.get("dynamic", False))
+    kind_arguments = given.get("dynamic", False), given.get("asymmetric", False)
+    out = LINEARS[bits](case.x, *case.packed, given.get("input_scale"), None, *kind_arguments)
     assert bool(torch.isfinite(out[[0, 2]]).all())
     if not (kind == "static" and bad == float("inf")):  # a stored range saturates
         assert not bool(torch.isfinite(out[1]).any())
@@ -136,8 +137,8 @@ def test_experts(ends: list[int], bits: int, group: int | None, symmetric: bool,
     cases = [one, *(LinearCase(1, 128, 20, bits, group, symmetric, dtype) for _ in range(4))]
     packed = [None if one.packed[i] is None else torch.stack([c.packed[i] for c in cases]) for i in range(3)]
     bias, limits = torch.stack([c.bias for c in cases]), torch.tensor(ends, dtype=torch.int32)
-    result = expert_linear_triton(one.x, limits, *packed, None, bias, False, bits)
-    plain = expert_linear_reference(one.x, limits, *packed, None, bias, False, bits)
+    result = expert_linear_triton(one.x, limits, *packed, None, bias, False, False, bits)
+    plain = expert_linear_reference(one.x, limits, *packed, None, bias, False, False, bits)
     oracle, start = torch.zeros(30, 20, dtype=torch.float64), 0
     for case, end in zip(cases, ends, strict=True):
         oracle[start:end] = one.x[start:end].double() @ case.weight.t() + case.bias.double()

@@ -80,17 +80,19 @@ def test_dequantize_of_experts_and_of_nothing() -> None:
     assert dequantize_triton(words[:0], scale[:0], None, 4, 32, torch.float32).shape == (0, 32)
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", "dynamic-asym", "static"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 40), (3, 1025), (2, 9000), (0, 8), (4, 0)], ids=str)
-def test_quantize_rows(shape: tuple[int, int], dtype: torch.dtype, static: bool) -> None:
+def test_quantize_rows(shape: tuple[int, int], dtype: torch.dtype, kind: str) -> None:
     x = (torch.randn(shape) * 10.0 ** torch.randint(-3, 4, (shape[0], 1))).to(dtype)
     x[1:2] = 0
+    x[:1] = x[:1].abs()
     if x.numel() > 100:
         x[2:3, 5], x[3:4, 7], x[4:5, 2] = math.nan, math.inf, -math.inf
-    scale = torch.tensor([0.02]) if static else None
-    expected, found = quantize_rows_reference(x, scale), quantize_rows_triton(x, scale)
+    given = (torch.tensor([0.02]) if kind == "static" else None, kind == "dynamic-asym")
+    expected, found = quantize_rows_reference(x, *given), quantize_rows_triton(x, *given)
     assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[2], expected[2])
     assert torch.equal(found[1].nan_to_num(nan=-1), expected[1].expand_as(found[1]).nan_to_num(nan=-1))
 
 
@@ -142,13 +144,13 @@ def test_grid_weight(n: int, k: int, group: int, dtype: torch.dtype) -> None:
     _, scale, _ = values_and_scales((n, k), group, 4, dtype)
     delta = (torch.randint(-64, 64, (n, k)) / 16).to(dtype)  # sums that are ties, and clipped ones
     for rest in (None, residual):
-        arguments = codes, rest, delta, scale
+        arguments = codes, rest, delta, scale, None, 4
         found = grid_triton.grid_weight_triton(*arguments, dtype)
         assert torch.equal(found, grid_reference.grid_weight_reference(*arguments, dtype))
         grad = torch.randn(n, k).to(dtype)
         grad_delta, grad_scale = grid_triton.grid_weight_backward_triton(grad, *arguments)
         expected, plain = grid_reference.grid_weight_backward_reference(grad, *arguments)
         assert torch.equal(grad_delta, expected)
-        clipped = grid_reference.grid_steps(codes, rest, delta).clamp(-8, 7).double().view(*scale.shape, -1)
+        clipped = grid_reference.grid_steps(codes, rest, delta, bits=4).clamp(-8, 7).double().view(*scale.shape, -1)
         oracle = (grad.double().view(clipped.shape) * clipped).sum(-1)
         assert_close(grad_scale, oracle, plain, factor=GRADIENT_FACTOR)

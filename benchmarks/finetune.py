@@ -1,0 +1,552 @@
+"""Fine-tuning quantized models against LoRA in float, QLoRA and LoRA that is quantized afterwards, on two real models.
+
+    python benchmarks/finetune.py classification --positive rt-polarity.pos --negative rt-polarity.neg
+    python benchmarks/finetune.py language --text wikitext2-valid.txt
+
+Every finished arm of a seed is one JSON file in --results; one that has its file is not repeated, so the command can be
+interrupted and given again. The rows and the paired comparisons are written to --json.
+
+classification  MiniLM on sentence polarity (Pang and Lee 2005), one split for all: 70 % to train, 10 % to tune, 20 % to
+                judge, drawn with seed 0. The head (pooler, and a new classifier) trains in every arm.
+language        SmolLM2-135M learns the first 60 % of the text; tuned on the next 10 %, judged on the last 30 %.
+
+Every arm trains as many steps of the same batches, and tries as many learning rates, with the first seed, on the part
+to tune. Quantized models are INT4 symmetric g64 with embeddings and head in float, as bitsandbytes' NF4 has them, and
+are calibrated on the part to train (GPTQ).
+
+head         the head alone (classification)
+lora         LoRA on the float model
+lora-ptq     that, merged, then quantized with GPTQ; lora-signround with SignRound
+nf4          LoRA on bitsandbytes' NF4, and merged by PEFT
+grid         hfquant's adapter inside the rounding, merged, saved and loaded again
+scales       hfquant's scales, norms and biases alone
+side         LoRA beside hfquant's codes, and merged onto the grid
+"""
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
+
+from hfquant import quantize_model_ptq
+from hfquant.evaluation.perplexity import perplexity
+from hfquant.hf.peft import add_side_adapter, merge_side_adapter
+from hfquant.nn.swap import packed_modules
+from hfquant.numerics.packing import unpack
+
+
+HERE = Path(__file__).resolve()
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "examples")]
+
+SCHEME = {"quantization_bits": 4, "quantization_type": "weight_only", "group_size": 64, "embedding_bits": 16}
+RANK = 16
+
+ARMS = ("head", "lora", "lora-signround", "nf4", "side", "scales", "grid")
+RATES = {
+    "head": (1e-3, 3e-3, 1e-2),
+    "lora": (5e-4, 1e-3, 2e-3),
+    "lora-signround": (0.0,),
+    "nf4": (5e-4, 1e-3, 2e-3),
+    "side": (5e-4, 1e-3, 2e-3),
+    "scales": (1e-3, 3e-3, 1e-2),
+    "grid": (5e-4, 1e-3, 2e-3),
+}
+"""Learning rates that are tried: of adapters, and of the head beside them."""
+HEADS = ("classifier", "pooler")
+"""Of an encoder: float, and trained in every arm."""
+
+
+# The arms.
+
+
+def prepared(model: nn.Module, arm: str, seed: int) -> nn.Module:
+    """``model``, float or quantized as ``arm`` wants it, with what the arm trains."""
+    torch.manual_seed(1000 + seed)
+    if arm == "head":
+        return model
+    if arm in ("lora", "nf4"):
+        from peft import LoraConfig, get_peft_model
+
+        names = [name for name, module in model.named_modules() if is_adapted(name, module)]
+        task = "SEQ_CLS" if hasattr(model, "classifier") else "CAUSAL_LM"
+        return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, task_type=task))
+    if arm == "side":
+        return add_side_adapter(model, rank=RANK)
+    from hfquant import prepare_model_for_finetuning
+
+    return prepare_model_for_finetuning(model, adapter=arm, rank=RANK, progress=False)
+
+
+def is_adapted(name: str, module: nn.Module) -> bool:
+    """The linear layers that the quantized arms adapt too: all but heads."""
+    return isinstance(module, nn.Linear) and not set(name.split(".")) & {"lm_head", *HEADS}
+
+
+def freeze(model: nn.Module, arm: str) -> nn.Module:
+    """Let the head train in every arm, and nothing else where the arm is the head alone."""
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        in_head = any(head in parts for head in HEADS) and "original_module" not in parts
+        if arm == "head" or in_head:
+            parameter.requires_grad_(in_head)
+    return model
+
+
+def merged(model: nn.Module, arm: str, folder: Path) -> nn.Module:
+    """The model that is shipped: no adapter left, and saved and loaded again where hfquant made it."""
+    if arm in ("lora", "nf4"):
+        return model.merge_and_unload()
+    if arm == "side":
+        model = merge_side_adapter(model)
+    elif arm in ("grid", "scales"):
+        from hfquant import merge_adapters
+
+        model = merge_adapters(model)
+    model.save_pretrained(folder)
+    loaded = type(model).from_pretrained(folder)
+    return loaded.eval()
+
+
+def changed_codes(base: nn.Module, model: nn.Module) -> float:
+    """Share of the codes of ``base`` that are others in ``model``."""
+    before, changed, total = dict(packed_modules(base)), 0, 0
+    for name, module in packed_modules(model):
+        bits, inputs = module.scheme.weight.bits, module.float_weights["weight"].in_features
+        codes = [unpack(m.packed().weight, bits=bits, length=inputs) for m in (before[name], module)]
+        changed, total = changed + int((codes[0] != codes[1]).sum()), total + codes[0].numel()
+    return changed / total if total else 0.0
+
+
+# The tasks: what is trained on, and how a model is judged.
+
+
+class Task:
+    """One model and its data.
+
+    Attributes:
+        source: Folder of the float model.
+        measure: Name of what is judged.
+        sign: 1 if less of it is better, else -1.
+    """
+
+    source: Path
+    measure: str
+    sign: int
+
+    def float_model(self, seed: int) -> nn.Module:
+        raise NotImplementedError
+
+    def calibration(self) -> list[dict[str, Tensor]]:
+        raise NotImplementedError
+
+    def losses(self, model: nn.Module, seed: int) -> Iterator[Tensor]:
+        raise NotImplementedError
+
+    def judge(self, model: nn.Module, part: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class Classification(Task):
+    """Polarity of sentences with a sentence encoder."""
+
+    measure, sign = "accuracy", -1
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        from demo_models import fetch_minilm
+
+        self.source = options.encoder or fetch_minilm()[0]
+        self.batch = options.batch
+        tokenizer = AutoTokenizer.from_pretrained(self.source)
+        sides = [
+            file.read_text(encoding="latin-1").rstrip("\n").split("\n") for file in (options.negative, options.positive)
+        ]
+        sentences, labels = sides[0] + sides[1], [0] * len(sides[0]) + [1] * len(sides[1])
+        ids = tokenizer(sentences, truncation=True, max_length=64)["input_ids"]
+        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).tolist()
+        ends = [0, int(0.7 * len(ids)), int(0.8 * len(ids)), len(ids)]
+        self.parts = {
+            name: [(ids[i], labels[i]) for i in order[start:end]]
+            for name, start, end in zip(("train", "tune", "test"), ends[:-1], ends[1:], strict=True)
+        }
+
+    def float_model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return AutoModelForSequenceClassification.from_pretrained(self.source, dtype=torch.float32)
+
+    def calibration(self) -> list[dict[str, Tensor]]:
+        return [batched([ids]) for ids, _ in self.parts["train"][:128]]
+
+    def losses(self, model: nn.Module, seed: int) -> Iterator[Tensor]:
+        """Batches of sentences of like length, in random order."""
+        data, generator = self.parts["train"], torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(data), generator=generator).tolist()
+            pools = [
+                sorted(order[i : i + 16 * self.batch], key=lambda j: len(data[j][0]))
+                for i in range(0, len(order), 16 * self.batch)
+            ]
+            batches = [pool[i : i + self.batch] for pool in pools for i in range(0, len(pool), self.batch)]
+            for chosen in torch.randperm(len(batches), generator=generator).tolist():
+                rows = [data[j] for j in batches[chosen]]
+                labels = torch.tensor([label for _, label in rows])
+                yield cross_entropy(model(**batched([ids for ids, _ in rows])).logits, labels)
+
+    @torch.no_grad()
+    def judge(self, model: nn.Module, part: str) -> dict[str, Any]:
+        """Accuracy in percent, and which sentences were right."""
+        data = self.parts[part]
+        right = [False] * len(data)
+        order = sorted(range(len(data)), key=lambda i: len(data[i][0]))
+        for start in range(0, len(order), 32):
+            chosen = order[start : start + 32]
+            guesses = model(**batched([data[i][0] for i in chosen])).logits.argmax(-1).tolist()
+            for i, guess in zip(chosen, guesses, strict=True):
+                right[i] = guess == data[i][1]
+        return {"accuracy": 100 * sum(right) / len(right), "right": "".join("01"[value] for value in right)}
+
+
+def batched(rows: list[list[int]]) -> dict[str, Tensor]:
+    """Padded ids and their mask."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    return {"input_ids": ids, "attention_mask": (torch.arange(width) < lengths).long()}
+
+
+class Language(Task):
+    """The next token of a text."""
+
+    measure, sign = "perplexity", 1
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        from qat import language_source, split_ids
+
+        self.source = language_source(options)
+        self.options, self.parts = options, split_ids(options, self.source)
+        self.parts["tune"] = self.parts["tune"][: options.tune_tokens]
+
+    def float_model(self, seed: int) -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32)
+
+    def calibration(self) -> list[dict[str, Tensor]]:
+        return [{"input_ids": window.unsqueeze(0)} for window in self.parts["train"].split(512)[:32]]
+
+    def losses(self, model: nn.Module, seed: int) -> Iterator[Tensor]:
+        from qat import language_losses
+
+        return language_losses(model, model, self.parts["train"], self.options, "-ce", seed)
+
+    def judge(self, model: nn.Module, part: str) -> dict[str, Any]:
+        return {"perplexity": perplexity(model, self.parts[part], context=512, progress=False).perplexity}
+
+
+# One arm of one seed.
+
+
+def base_model(task: Task, options: argparse.Namespace, arm: str, seed: int) -> nn.Module:
+    """The model that ``arm`` starts from; the quantized one is calibrated once and kept in a file."""
+    model = task.float_model(seed)
+    if arm in ("head", "lora"):
+        return model
+    if arm == "nf4":
+        heads = head_layers(model) or None
+        quantize_model_ptq(model, backend="bitsandbytes", quantization_bits=4, progress=False, skip_modules=heads)
+        return model
+    folder = options.results / f"{options.task}-base"
+    if not (folder / "config.json").is_file():
+        quantize(copy.deepcopy(model), task, "gptq", keep_residual=True).save_pretrained(folder)
+    loaded = type(model).from_pretrained(folder)
+    new = {key: value for key, value in model.state_dict().items() if set(key.split(".")) & set(HEADS)}
+    loaded.load_state_dict(new, strict=False)
+    return loaded
+
+
+def head_layers(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and set(name.split(".")) & set(HEADS)]
+
+
+def quantize(model: nn.Module, task: Task, algorithm: str, **options: Any) -> nn.Module:
+    fields = SCHEME | {"algorithm": algorithm, "skip_modules": head_layers(model)} | options
+    return quantize_model_ptq(model.eval(), calibration_data=task.calibration(), progress=False, **fields)
+
+
+def run_arm(task: Task, options: argparse.Namespace, arm: str, seed: int, rates: tuple[float, ...]) -> dict[str, Any]:
+    """Train ``arm`` at every rate, keep the best on the part to tune, and judge it as it is and as it is shipped."""
+    from qat import train
+
+    if arm == "lora-signround":
+        return signround(task, options, seed)
+    best: tuple[float, float, nn.Module] | None = None
+    tuned, seconds = {}, []
+    for rate in rates:
+        model = freeze(prepared(base_model(task, options, arm, seed), arm, seed), arm)
+        torch.manual_seed(2000 + seed)
+        scale_rate = {"scale_rate": rate} if arm == "scales" else {}
+        seconds.append(train(model, options.steps, rate, task.losses(model, seed), **scale_rate)["seconds"])
+        model.eval()
+        value = math.inf
+        if len(rates) > 1:
+            tuned[f"{rate:g}"] = task.judge(model, "tune")[task.measure]
+            value = task.sign * tuned[f"{rate:g}"]
+        if best is None or value < best[0]:
+            best = value, rate, model
+    assert best is not None
+    result = {"rate": best[1], "tuned": tuned, "train_seconds": statistics.median(seconds)}
+    return result | judged(task, options, arm, seed, best[2])
+
+
+def judged(task: Task, options: argparse.Namespace, arm: str, seed: int, model: nn.Module) -> dict[str, Any]:
+    result: dict[str, Any] = {"unmerged": task.judge(model, "test")}
+    if arm == "head":
+        return result
+    plain = copy.deepcopy(model) if arm == "side" else None
+    shipped = merged(model, arm, merged_folder(options, arm, seed))
+    if arm == "lora":
+        shipped.save_pretrained(merged_folder(options, arm, seed))
+        return result | {"ptq": task.judge(quantize(shipped, task, "gptq"), "test")}
+    result["merged"] = task.judge(shipped, "test")
+    if plain is not None:
+        result["report"] = vars(model.base_model.model.merge_report)
+        result["merged without residuals"] = task.judge(merge_side_adapter(without_residuals(plain)), "test")
+        result["report without residuals"] = vars(plain.base_model.model.merge_report)
+    if arm != "nf4":
+        result["codes_changed"] = changed_codes(base_model(task, options, arm, seed), shipped)
+    return result
+
+
+def without_residuals(model: nn.Module) -> nn.Module:
+    """``model`` as if PTQ had not kept what rounding took from its weights."""
+    for _, module in packed_modules(model):
+        module._parameters.pop("weight_residual", None)
+    return model
+
+
+def merged_folder(options: argparse.Namespace, arm: str, seed: int) -> Path:
+    return options.results / f"{options.task}-{arm}-s{seed}.merged"
+
+
+def signround(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """What ``lora`` left, quantized with learned rounding."""
+    kind = type(task.float_model(seed))
+    model = kind.from_pretrained(merged_folder(options, "lora", seed), dtype=torch.float32)
+    return {"rate": 0.0, "train_seconds": 0.0, "ptq": task.judge(quantize(model, task, "signround"), "test")}
+
+
+TASKS: dict[str, type[Task]] = {"classification": Classification, "language": Language}
+
+
+def file_of(options: argparse.Namespace, arm: str, seed: int) -> Path:
+    return options.results / f"{options.task}-{arm}-s{seed}.json"
+
+
+def run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
+    """The result of one arm: from its file, or from a new process; only the first seed tunes."""
+    file = file_of(options, arm, seed)
+    if not file.is_file():
+        print(file.stem, flush=True)
+        rates = RATES[arm]
+        if seed != options.seeds[0]:
+            rates = (run(options, arm, options.seeds[0])["rate"],)
+        inner = ["--run", json.dumps({"arm": arm, "seed": seed, "rates": rates}), "--json", str(file)]
+        subprocess.run([sys.executable, "-W", "ignore", str(HERE), *options.given, *inner], check=True)
+    return json.loads(file.read_text())
+
+
+# A tiny random model and random data, in seconds.
+
+
+class SmokeLanguage(Language):
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.parts = {name: torch.arange(300) % 250 for name in ("train", "tune", "test")}
+
+    def float_model(self, seed: int) -> nn.Module:
+        from qat import tiny_llama
+
+        torch.manual_seed(0)
+        return tiny_llama()
+
+    def calibration(self) -> list[dict[str, Tensor]]:
+        return [{"input_ids": window.unsqueeze(0)} for window in self.parts["train"].split(50)]
+
+
+class SmokeClassification(Classification):
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.batch = options.batch
+        rows = [([2 + i % 90, 3 + i % 50, 5, 7], i % 2) for i in range(160)]
+        self.parts = {"train": rows, "tune": rows[:16], "test": rows[16:48]}
+
+    def float_model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+        return BertForSequenceClassification(BertConfig(vocab_size=100, **sizes))
+
+
+SMOKE: dict[str, type[Task]] = {"language": SmokeLanguage, "classification": SmokeClassification}
+
+
+def smoke(given: list[str]) -> dict[str, Any]:
+    """Every arm of both tasks, in this process."""
+    tables = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, kind in SMOKE.items():
+            options = arguments([name, *given, "--steps", "2", "--batch", "4", "--context", "16", "--seeds", "0"])
+            options.results = Path(folder)
+            task = kind(options)
+            arms = [arm for arm in ARMS if (name, arm) != ("language", "head")]
+            found = {arm: [run_arm(task, options, arm, 0, RATES[arm][-1:])] for arm in arms}
+            tables[name] = tables_of(found, name)
+    return tables
+
+
+# The table.
+
+
+def rows_of(arm: str, results: list[dict[str, Any]], measure: str) -> list[dict[str, Any]]:
+    kinds = [kind for kind in results[0] if isinstance(results[0][kind], dict) and measure in results[0][kind]]
+    rows = []
+    for kind in kinds:
+        values = [result[kind][measure] for result in results]
+        row = {"arm": arm if kind == "unmerged" else f"{arm}, {kind}", "rate": f"{results[0]['rate']:g}"}
+        row |= {measure: statistics.fmean(values), "seeds": len(values)}
+        row["deviation"] = statistics.stdev(values) if len(values) > 1 else 0.0
+        if kind == "merged" and "codes_changed" in results[0]:
+            row["codes_changed_percent"] = 100 * statistics.fmean(result["codes_changed"] for result in results)
+        row["train_seconds"] = statistics.median(result["train_seconds"] for result in results)
+        rows.append(row)
+    return rows
+
+
+def paired_bootstrap(left: list[str], right: list[str], draws: int = 10000) -> dict[str, float]:
+    """Difference in accuracy of ``left`` and ``right`` in points, mean over seeds, and its 95 % interval.
+
+    Examples are drawn with replacement, the same for both arms and all seeds.
+    """
+    values = [
+        torch.tensor([[int(c) for c in text] for text in arm], dtype=torch.float64).mean(0) for arm in (left, right)
+    ]
+    difference = 100 * (values[0] - values[1])
+    generator = torch.Generator().manual_seed(0)
+    means = torch.stack(
+        [
+            difference[torch.randint(0, len(difference), (len(difference),), generator=generator)].mean()
+            for _ in range(draws)
+        ]
+    )
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"difference": float(difference.mean()), "low": low, "high": high}
+
+
+def comparisons(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Merged grid, scales and side beside the baselines: paired differences, and the share of LoRA's gain they keep."""
+    texts = {
+        (arm, kind): [result[kind]["right"] for result in results]
+        for arm, results in found.items()
+        for kind in results[0]
+        if isinstance(results[0][kind], dict) and "right" in results[0][kind]
+    }
+    rows = []
+    for arm in ("grid", "scales", "side"):
+        for other in [key for key in texts if key[0] in ("head", "lora", "nf4")]:
+            if (arm, "merged") in texts:
+                against = other[0] if other[1] == "unmerged" else ", ".join(other)
+                row = {"arm": f"{arm}, merged", "against": against}
+                rows.append(row | paired_bootstrap(texts[arm, "merged"], texts[other]))
+    return rows
+
+
+def gains(rows: list[dict[str, Any]]) -> None:
+    """Add to every row how much of the gain of LoRA over the head alone it keeps."""
+    accuracy = {row["arm"]: row["accuracy"] for row in rows}
+    if "head" in accuracy and "lora" in accuracy:
+        for row in rows:
+            gain = row["accuracy"] - accuracy["head"]
+            whole = accuracy["lora"] - accuracy["head"]
+            row["gain_kept_percent"] = 100 * gain / whole if whole else 0.0
+
+
+def tabulate(options: argparse.Namespace) -> dict[str, Any]:
+    arms = [arm for arm in ARMS if not options.arms or arm in options.arms]
+    if options.task == "language":
+        arms = [arm for arm in arms if arm != "head"]
+    return tables_of({arm: [run(options, arm, seed) for seed in options.seeds] for arm in arms}, options.task)
+
+
+def tables_of(found: dict[str, list[dict[str, Any]]], task: str) -> dict[str, Any]:
+    rows = [row for arm, results in found.items() for row in rows_of(arm, results, TASKS[task].measure)]
+    if task == "language":
+        return {"rows": rows}
+    gains(rows)
+    return {"rows": rows, "paired": comparisons(found)}
+
+
+def arguments(given: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", nargs="?", choices=TASKS)
+    parser.add_argument("--model", type=Path, help="folder of a causal language model")
+    parser.add_argument("--encoder", type=Path, help="folder of a sentence encoder")
+    parser.add_argument("--positive", type=Path, help="sentences, one a line, Latin-1")
+    parser.add_argument("--negative", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--results", type=Path, default=HERE.with_name("results") / "finetune")
+    parser.add_argument("--arms", nargs="*", default=[])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[])
+    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=0)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--eval-tokens", type=int, default=16384, help="0 takes all")
+    parser.add_argument("--tune-tokens", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--smoke", action="store_true", help="a tiny random model, in seconds")
+    parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="write the results here too")
+    options = parser.parse_args(given)
+    classification = options.task == "classification"
+    options.steps = options.steps or (150 if classification else 20)
+    options.batch = options.batch or (16 if classification else 4)
+    options.seeds = options.seeds or (list(range(5)) if classification else [0])
+    options.given = given
+    return options
+
+
+def main(given: list[str] | None = None) -> dict[str, Any]:
+    options = arguments(sys.argv[1:] if given is None else given)
+    torch.set_num_threads(options.threads)
+    if options.smoke:
+        return smoke(options.given)
+    options.results.mkdir(parents=True, exist_ok=True)
+    if options.run:
+        task = TASKS[options.task](options)
+        results = run_arm(task, options, options.run["arm"], options.run["seed"], tuple(options.run["rates"]))
+    else:
+        from quality import machine, table
+
+        command = "python benchmarks/finetune.py " + " ".join(Path(a).name for a in options.given)
+        results = machine() | {"command": command} | tabulate(options)
+        for key, value in results.items():
+            print("\n" + table(value) if isinstance(value, list) else f"{key}: {value}")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Fine-tuning of quantized models: adapters that keep the weights packed."""
