@@ -73,6 +73,15 @@ def _load_tokenizer(name_or_path: str) -> Any:
         ) from error
 
 
+def default_observer(model: nn.Module) -> str:
+    """``"percentile"`` for encoders, ``"minmax"`` for models that generate and for plain modules.
+
+    The attention of decoders rests on a few tokens with huge activations, which must not be cut off; encoders have
+    outliers that may (docs/decisions/0014-static-activations.md).
+    """
+    return "percentile" if isinstance(model, PreTrainedModel) and not model.can_generate() else "minmax"
+
+
 def calibration_options(config: HfQuantConfig, *, progress: bool) -> CalibrationOptions:
     """What ``config`` says about how to calibrate."""
     return CalibrationOptions(

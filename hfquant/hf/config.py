@@ -82,7 +82,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         backend: ``"hfquant"`` (default) or ``"bitsandbytes"``, with its own modules and checkpoints.
         bnb_4bit_quant_type: ``"nf4"`` (default) or ``"fp4"``, for 4 bits with bitsandbytes.
         bnb_4bit_use_double_quant: Whether bitsandbytes quantizes its scales too.
-        activation_observer: What chooses static ranges: ``"minmax"`` (default), ``"percentile"`` or ``"mse"``.
+        activation_observer: What chooses static ranges: ``"minmax"`` (default for models that generate),
+            ``"percentile"`` (default for encoders) or ``"mse"``.
         smoothquant: Move outliers of activations into the weights where that changes nothing else (default ``True``
             for calibrated INT8 activations).
         iterations: Of learned rounding (default 200).

@@ -18,7 +18,7 @@ from hfquant.hf.bitsandbytes import (
     is_bitsandbytes,
     quantize_with_bitsandbytes_,
 )
-from hfquant.hf.calibration import calibration_options, read_calibration_data
+from hfquant.hf.calibration import calibration_options, default_observer, read_calibration_data
 from hfquant.hf.config import QUANT_METHOD, HfQuantConfig
 from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.hf.roles import tie_companions
@@ -106,6 +106,8 @@ def _quantize_(
         config.algorithm = "gptq"
     static = any(scheme.quantization_type == "static" for scheme in selection.schemes.values())
     needed = static or config.resolved_algorithm in CALIBRATED
+    if static and config.activation_observer is None:
+        config.activation_observer = default_observer(model)
     budget, data = config.budget(), None
     _check_calibration_data(calibration_data, needed=needed, used=budget is not None, config=config)
     if calibration_data is not None and (needed or budget is not None):

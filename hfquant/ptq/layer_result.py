@@ -15,8 +15,8 @@ from hfquant.ptq.statistics import InputStatistics, WeightKey
 from hfquant.schemes import ActivationScheme, LayerScheme
 
 
-LOWEST_DB = 10.0
-"""INT8 activations are kept where the output of the median token has at least this signal to noise ratio: noise a tenth
+LOWEST_DB = 15.0
+"""INT8 activations are kept where the output of the median token has at least this signal to noise ratio: noise of 3 %
 of the signal's energy. Below it a static layer takes dynamic ones, and where those do not reach it either, activations
 stay in 16 bit. A token with outliers must not hide what they cost the others, so it is the median and not the sum."""
 
