@@ -9,7 +9,7 @@ VLLM_PYTHON is the interpreter of an environment of its own:
 For each export a server answers on its OpenAI endpoint. KL is of hfquant's float32 logits to the server's, over the
 server's 100 most likely tokens and the rest as one; the float model served in bfloat16 is the yardstick. Exports are
 served in each of --dtypes; "exact" is float32 with INT8 activations, and float16 for 4-bit weights, whose kernel has no
-float32. INT8 activations turn roundings into flipped codes, and a flipped code of a token with large activations changes
+float32. INT8 activations turn roundings into flipped codes; a flipped code of a token with large activations changes
 all that follows. So the KL of hfquant's own model to itself stands beside, after its embedding was multiplied by
 1 + 2**-22, two float32 roundings: no engine can be nearer. `tp2` is a tiny model with 4 heads on two devices.
 """
