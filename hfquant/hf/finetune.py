@@ -86,8 +86,7 @@ def prepare_model_for_finetuning(
     state = FinetuneState(adapter, schemes, sorted(kept))
     if adapter == "grid":
         state.rank, state.alpha = rank, float(rank if alpha is None else alpha)
-        inside = Adapter(state.rank, state.alpha)
-        state.residual = add_grid_adapters_(model, names, inside, seed=seed, progress=progress)
+        state.residual = add_grid_adapters_(model, names, Adapter(rank, state.alpha), seed=seed, progress=progress)
         logger.info(f"hfquant: {_RESIDUALS[state.residual]}")
     else:
         train_scales_(model, names)

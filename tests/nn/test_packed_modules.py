@@ -209,7 +209,7 @@ def test_what_is_stored_is_what_was_announced(scheme: str) -> None:
     announced = packed_tensors("weight", weight, parsed)
     assert {name: (p.dtype, p.shape) for name, p in module.named_parameters()} == announced
     assert packed_bytes(weight, parsed) == sum(p.nbytes for p in module.parameters())
-    assert module.companions() == {"weight_scale", "weight_zero_point", "input_scale"}
+    assert module.companions() == {"weight_scale", "weight_zero_point", "input_scale", "weight_residual"}
 
 
 def test_packed_bytes_counts_codes_scales_and_zero_points() -> None:

@@ -61,8 +61,7 @@ def grid_linear_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, log_scale, lora_a, lora_b and input_log_scale; those nobody needs are empty."""
     grad_rows, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    empty = x.new_empty(0)
-    grad_x = grad_scale = grad_a = grad_b = grad_input_scale = empty
+    grad_x = grad_scale = grad_a = grad_b = grad_input_scale = x.new_empty(0)
     with torch.autocast(x.device.type, enabled=False):
         scale, delta = scale_now(weight_scale, log_scale), lora_steps(lora_a, lora_b, lora_factor, weight_scale)
         input_scale = input_scale_now(input_scale, input_log_scale)
@@ -79,9 +78,9 @@ def grid_linear_backward_reference(
             grad_delta, grad_scale = _weight_gradients(grad_weight, *packed)
             grad_scale = grad_scale * scale
             if lora_a is not None and lora_b is not None:
-                in_units_(grad_delta, weight_scale)
-                grad_a = (lora_b.t().to(grad_delta.dtype) @ grad_delta).mul_(lora_factor)
-                grad_b = (grad_delta @ lora_a.t().to(grad_delta.dtype)).mul_(lora_factor)
+                grad_delta = in_units_(grad_delta, weight_scale)
+                grad_a = (lora_b.t().to(grad_delta) @ grad_delta).mul_(lora_factor)
+                grad_b = (grad_delta @ lora_a.t().to(grad_delta)).mul_(lora_factor)
     return grad_x, grad_scale, grad_a, grad_b, grad_input_scale
 
 
