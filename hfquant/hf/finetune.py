@@ -71,13 +71,9 @@ def prepare_model_for_finetuning(
     """
     _check_arguments(adapter, rank, dropout, seed)
     if adapter == "side":
-        names = None if target_modules is None else list(target_modules)
-        if names is not None and not is_bitsandbytes(model):
-            names = _targets(model, names)
-        whole = None if modules_to_save is None else list(modules_to_save)
-        return add_side_adapter(
-            model, rank=rank, alpha=alpha, dropout=dropout, target_modules=names, modules_to_save=whole
-        )
+        names = _side_targets(model, target_modules)
+        settings: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "target_modules": names}
+        return add_side_adapter(model, modules_to_save=modules_to_save, **settings)
     quantizer = _quantizer(model, adapter)
     names = _targets(model, target_modules)
     kept = list(_float_parameters(model, modules_to_save))
@@ -170,6 +166,12 @@ def _quantizer(model: nn.Module, adapter: str) -> HfQuantQuantizer:
     if next(adapted_modules(model), None) is not None:
         raise ConfigError("the model is in fine-tuning already; call merge_adapters(model) before another start")
     return quantizer
+
+
+def _side_targets(model: nn.Module, patterns: Sequence[str] | None) -> list[str] | None:
+    if patterns is None:
+        return None
+    return list(patterns) if is_bitsandbytes(model) else _targets(model, patterns)
 
 
 def _targets(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:
