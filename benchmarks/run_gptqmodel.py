@@ -6,6 +6,10 @@ GPTQMODEL_PYTHON is the interpreter of an environment of its own:
 
     pip install torch==2.13.0 transformers==5.23.0 optimum==2.3.0 accelerate requests setuptools ninja
     pip install --no-build-isolation gptqmodel==7.2.0
+    pip install --no-deps torchvision==0.29.1
+
+GPTQModel imports torchvision, whose wheel on PyPI is built for CUDA and does not load beside a CPU build of torch. None
+of it is used here: its ops are only declared, so that it can be imported.
 """
 
 import argparse
@@ -28,7 +32,11 @@ CASES = {
 }
 
 WORKER = """
-import sys, torch
+import importlib.util, pathlib, re, sys, torch
+vision = pathlib.Path(importlib.util.find_spec("torchvision").origin).with_name("_meta_registrations.py").read_text()
+declared = torch.library.Library("torchvision", "DEF")
+for name in set(re.findall(r'register_(?:meta\\(|fake\\("torchvision::)"?(\\w+)"', vision)):
+    declared.define(name + "() -> ()")
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16, device_map="cpu").eval()
