@@ -298,8 +298,7 @@ class _Job:
             return
         self.report.notes.append(
             f"{weight.name} was rounded to {str(self.dtype).removeprefix('torch.')} (signal to noise "
-            f"{sqnr_db(weight.values(torch.float32), values):.1f} dB); hfquant evaluate EXPORT --reference ORIGINAL "
-            "measures the KL"
+            f"{sqnr_db(weight.values(torch.float32), values):.1f} dB); hfquant export --evaluate FILE measures the KL"
         )
 
     def _parts(self, weight: StoredWeight) -> Iterator[StoredWeight]:

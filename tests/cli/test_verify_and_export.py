@@ -118,3 +118,17 @@ def test_export_from_the_command_line(
     assert "not empty" in refused("export", quantized_model, "-o", out, "--to", "dense")
     assert "expected one of" in refused("export", quantized_model, "-o", tmp_path / "x", "--to", "awq")
     assert "it is not quantized" in refused("export", float_model, "-o", tmp_path / "x", "--to", "gptq")
+
+
+def test_export_says_what_a_narrow_dtype_costs(
+    run_json: Callable[..., Any], refused: Callable[..., str], quantized_model: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("What a narrower dtype costs is measured, and not guessed. " * 4)
+    to = ["export", quantized_model, "--to", "compressed-tensors", "--evaluate", text]
+    cost = {
+        dtype: run_json(*to, "-o", tmp_path / dtype, "--dtype", dtype)["dtype_cost"]["mean_kl"]
+        for dtype in ("float32", "bfloat16", "float16")
+    }
+    assert cost["float32"] < cost["float16"] < cost["bfloat16"] < 1e-2
+    assert "--evaluate measures what --dtype costs" in refused(*to, "-o", tmp_path / "x")
