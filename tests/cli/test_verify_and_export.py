@@ -130,5 +130,5 @@ def test_export_says_what_a_narrow_dtype_costs(
         dtype: run_json(*to, "-o", tmp_path / dtype, "--dtype", dtype)["dtype_cost"]["mean_kl"]
         for dtype in ("float32", "bfloat16", "float16")
     }
-    assert cost["float32"] < cost["float16"] < cost["bfloat16"] < 1e-2
+    assert max(cost["float32"], cost["float16"]) < cost["bfloat16"] < 1e-2
     assert "--evaluate measures what --dtype costs" in refused(*to, "-o", tmp_path / "x")
