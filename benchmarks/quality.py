@@ -184,6 +184,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="schemes whose name contains this")
     parser.add_argument("--sts", type=Path, help="CSV of sentence, sentence, score")
     parser.add_argument("--sts-calibration", type=Path, help="the same, to calibrate static activations on")
+    parser.add_argument("--encoder-only", action="store_true", help="leave the language model out")
     parser.add_argument("--json", type=Path, help="write the results here too")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model, in seconds")
     return parser.parse_args(given)
@@ -199,30 +200,40 @@ def smoke() -> list[dict]:
         return language_rows(Path(folder), torch.arange(64) % 250, torch.arange(128) % 250, LANGUAGE, 32)
 
 
+def language(options: argparse.Namespace) -> dict[str, Any]:
+    from demo_models import fetch_smollm2
+
+    source = options.model or fetch_smollm2()[0]
+    text = options.text.read_text(encoding="utf-8") if options.text else default_text()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    calibration, ids = (
+        tokenizer(part, return_tensors="pt", verbose=False)["input_ids"][0] for part in split_text(text)
+    )
+    ids = ids[: options.tokens or ids.numel()]
+    schemes = {name: fields for name, fields in LANGUAGE.items() if options.only in name}
+    return {"tokens": ids.numel(), "language": language_rows(source, ids, calibration, schemes, options.context)}
+
+
+def encoder(options: argparse.Namespace) -> dict[str, Any]:
+    from demo_models import fetch_minilm
+
+    pairs, scores = read_pairs(options.sts)
+    calibration = read_pairs(options.sts_calibration or options.sts)[0]
+    sentences = [sentence for pair in calibration for sentence in pair]
+    schemes = {name: fields for name, fields in ENCODER.items() if options.only in name}
+    return {"encoder": encoder_rows(options.encoder or fetch_minilm()[0], pairs, scores, sentences, schemes)}
+
+
 def main(given: list[str] | None = None) -> dict[str, Any]:
     options = arguments(given)
     torch.manual_seed(0)
     results: dict[str, Any] = machine()
     if options.smoke:
         results["language"] = smoke()
-    else:
-        from demo_models import fetch_minilm, fetch_smollm2
-
-        source = options.model or fetch_smollm2()[0]
-        text = options.text.read_text(encoding="utf-8") if options.text else default_text()
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        calibration, ids = (
-            tokenizer(part, return_tensors="pt", verbose=False)["input_ids"][0] for part in split_text(text)
-        )
-        schemes = {name: fields for name, fields in LANGUAGE.items() if options.only in name}
-        results["tokens"] = min(ids.numel(), options.tokens or ids.numel())
-        results["language"] = language_rows(source, ids[: results["tokens"]], calibration, schemes, options.context)
-        if options.sts:
-            pairs, scores = read_pairs(options.sts)
-            calibration = read_pairs(options.sts_calibration or options.sts)[0]
-            sentences = [sentence for pair in calibration for sentence in pair]
-            wanted = {name: fields for name, fields in ENCODER.items() if options.only in name}
-            results["encoder"] = encoder_rows(options.encoder or fetch_minilm()[0], pairs, scores, sentences, wanted)
+    if not options.smoke and not options.encoder_only:
+        results |= language(options)
+    if not options.smoke and options.sts:
+        results |= encoder(options)
     for key, value in results.items():
         print("\n" + table(value) if isinstance(value, list) else f"{key}: {value}")
     if options.json:

@@ -181,12 +181,14 @@ class HfQuantConfig(QuantizationConfigMixin):
                 ModulePattern(pattern)
         self._overrides()
         self.budget()
-        kinds = {self._bits_and_type()[1], *(override.quantization_type for override in self._overrides())}
-        if self.activation_symmetric is not None and "dynamic" not in kinds:
+        if self.activation_symmetric is not None and not self._asks_for_dynamic():
             raise ConfigError(
                 f"activation_symmetric={self.activation_symmetric} is about dynamic activations, and there are none; "
                 "leave it unset, or take quantization_type='dynamic'"
             )
+
+    def _asks_for_dynamic(self) -> bool:
+        return "dynamic" in (self._bits_and_type()[1], *(o.quantization_type for o in self._overrides()))
 
     def _bits_and_type(self) -> tuple[int, str]:
         default_bits = 8 if self.budget() is None else 4
@@ -245,7 +247,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         settings = self.resolve()
         self.quantization_bits, self.quantization_type = settings.bits, settings.quantization_type
         self.symmetric, self.embedding_bits = settings.symmetric, settings.embedding_bits
-        if any("-dynamic" in scheme for scheme in modules.values()):
+        if self._asks_for_dynamic():  # static layers that fall back to dynamic activations have those of their scheme
             self.activation_symmetric = settings.activation_symmetric
         self.algorithm, self.backend = self.resolved_algorithm, "hfquant"
         self.modules, self.hfquant_version, self.format_version = dict(modules), version, FORMAT_VERSION

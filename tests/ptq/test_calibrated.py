@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from hfquant import CalibrationError, ConfigError, HfQuantConfig, SchemeError, get_quantization_info, quantize_model_ptq
+from hfquant import (
+    CalibrationError,
+    ConfigError,
+    HfQuantConfig,
+    SchemeError,
+    get_quantization_info,
+    load_quantized,
+    quantize_model_ptq,
+    save_quantized,
+)
 from hfquant.formats.headers import canonicalize_header
 from hfquant.nn.quant_linear import QuantLinear
 from hfquant.numerics.affine import scale_from_bits
@@ -152,7 +162,7 @@ def test_the_static_scale_is_the_largest_magnitude_over_127() -> None:
     assert float(scale_from_bits(model.first.input_scale)) == float(torch.tensor(6 / 127).bfloat16())
 
 
-def test_a_layer_that_static_activations_cost_too_much_becomes_dynamic_and_says_so() -> None:
+def test_a_layer_that_static_activations_cost_too_much_becomes_dynamic_and_says_so(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(4096, 8)
     x[5, 2] = 4000
@@ -160,6 +170,10 @@ def test_a_layer_that_static_activations_cost_too_much_becomes_dynamic_and_says_
     assert str(model.first.scheme) == "int8-channel-dynamic"
     note = next(r.note for r in model.hf_quantizer.results if r.name == "first.weight")
     assert re.search(r"activations: static -?\d+\.\d dB, below 15; dynamic gives \d+\.\d$", note)
+    save_quantized(model, tmp_path)
+    again = load_quantized(Two(), tmp_path)
+    assert str(again.first.scheme) == "int8-channel-dynamic"
+    assert torch.equal(again(x[:9]), model(x[:9]))
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
