@@ -15,7 +15,7 @@ format: $(VENV)/installed  ## fix what the linters can fix
 test: $(VENV)/installed  ## unit, property, format and integration tests: CPU, no network
 	$(BIN)/python -m pytest -n 2
 test-models: $(VENV)/models  ## the real models SmolLM2-135M and MiniLM, and peak memory of a 1B-shaped model
-	$(BIN)/python -m pytest -n 2 -m slow tests/slow
+	$(BIN)/python -m pytest -n 2 -m slow tests/slow/test_memory.py tests/slow/test_real_*.py
 test-slow: $(VENV)/models  ## the former, a thousand seeds of training, killed runs, more kernels compiled: about an hour
 	$(BIN)/python -m pytest -n 2 -m slow
 test-compat: $(COMPAT_VENV)/installed  ## the Transformers integration on the oldest supported release
