@@ -1,12 +1,17 @@
 """Two gloo processes fine-tune what one does, replicated (DDP) and sharded (FSDP2)."""
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.support.processes import run_python
+from hfquant import quantize_model_ptq
+from tests.support.processes import ROOT, run_python
 
 
 WORKER = """
@@ -83,3 +88,26 @@ def test_two_processes_fine_tune_what_one_does(tmp_path: Path) -> None:
         else:
             assert tensor.dtype == torch.float64, name
             assert float((first[name] - tensor).abs().max()) <= 1e-9, name
+
+
+def test_two_processes_of_the_trainer_write_one_checkpoint(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+    )
+    quantize_model_ptq(LlamaForCausalLM(config), quantization_bits=4, progress=False).save_pretrained(tmp_path / "int4")
+    launch = f"-m torch.distributed.run --standalone --nproc_per_node 2 {ROOT}/examples/07_finetune_quantized.py"
+    words = f"--model {tmp_path}/int4 --context 16 --output_dir {tmp_path}/out --use_cpu --ddp_backend gloo"
+    words += " --adapter grid --adapter_rank 4 --max_steps 4 --save_steps 2 --learning_rate 1e-2 --report_to none"
+    done = subprocess.run(
+        [sys.executable, *launch.split(), *words.split()],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        # the example compares with what was trained, bit for bit
+        env=os.environ | {"HFQUANT_KERNELS": "reference", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("same logits as in training: True") == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-2", "checkpoint-4", "final"]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (tmp_path / "out/checkpoint-4").iterdir()}
