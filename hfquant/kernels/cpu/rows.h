@@ -129,13 +129,18 @@ INLINE uint32_t largest_magnitude(const float* x, int64_t count) {
   return largest;
 }
 
+// Bits of a float to an integer of the same order, and back.
+INLINE int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7FFFFFFF); }
+
 // The grid of a row that spans its range, zero included: the scale, and the code of zero.
 INLINE float spanning_scale(const float* x, int64_t count, float* zero) {
-  float low = 0, high = 0;
+  int32_t lowest = 0, highest = 0;  // as integers in the order of the floats: those are compared several at a time
   for (int64_t i = 0; i < count; i++) {
-    low = x[i] < low ? x[i] : low;
-    high = x[i] > high ? x[i] : high;
+    const int32_t key = ordered(int32_t(bits_of(x[i])));
+    lowest = key < lowest ? key : lowest;
+    highest = key > highest ? key : highest;
   }
+  const float low = float_of(uint32_t(ordered(lowest))), high = float_of(uint32_t(highest));
   const float scale = (high - low) / 255.0f, steps = low / (scale == 0 ? 1.0f : scale);
   const float code = -128.0f - ((steps + ROUND) - ROUND);
   *zero = code < -128.0f ? -128.0f : code > 127.0f ? 127.0f : code;
