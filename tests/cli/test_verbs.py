@@ -35,7 +35,8 @@ def test_info_says_that_a_model_is_not_quantized(float_model: Path, run: Run, ru
 
 def test_info_prints_json_that_json_knows(quantized_model: Path, run: Run) -> None:
     text = run("info", quantized_model, "--json").stdout
-    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert found["is_quantized"] is True
 
 
 def test_evaluate_alone(float_model: Path, text_file: Path, run_json: RunJson) -> None:

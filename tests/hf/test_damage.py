@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hfquant import ConfigError, FormatError, HfQuantConfig, quantize_model_ptq
+from hfquant.numerics.affine import scale_from_bits
 from tests.support.checkpoints import edit_bytes, edit_config, edit_header, edit_tensors, set_scale
 from tests.support.tiny_models import build
 
@@ -216,7 +217,8 @@ def test_scales_that_must_be_positive(
 def test_four_bit_scales_may_be_negative(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoints["int4"], tmp_path / "copy"))
     edit_tensors(folder, lambda t: set_scale(t, f"{Q}.weight_scale", -0.01))
-    AutoModelForCausalLM.from_pretrained(folder)
+    scales = scale_from_bits(AutoModelForCausalLM.from_pretrained(folder).get_parameter(f"{Q}.weight_scale"))
+    assert bool((scales == torch.tensor(-0.01).bfloat16()).any())
 
 
 def shard_names(folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "hfquant"
 FILES = sorted(PACKAGE.rglob("*.py"))
+NATIVE = sorted(path for path in (PACKAGE / "kernels/cpu").iterdir() if path.suffix in (".cpp", ".h"))
 FILE_LINES, FUNCTION_LINES, PACKAGE_LINES = 400, 40, 17900
 
 
@@ -18,6 +19,11 @@ def test_file_and_functions_are_short(path: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert code_lines(node) <= FUNCTION_LINES, f"{path}: {node.name} has {code_lines(node)} lines"
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=lambda path: path.name)
+def test_native_files_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= FILE_LINES
 
 
 def code_lines(node: ast.FunctionDef) -> int:

@@ -13,6 +13,7 @@
 namespace hfquant {
 #include "simd_avx2.h"
 #include "rows.h"
+#include "panel.h"
 #include "linear.h"
 
 KERNEL_TABLE(hfquant_avx2, "avx2", 4)

@@ -13,6 +13,7 @@
 namespace hfquant {
 #include "simd_avx512.h"
 #include "rows.h"
+#include "panel.h"
 #include "linear.h"
 
 KERNEL_TABLE(hfquant_avx512, "avx512", 8)

@@ -7,6 +7,7 @@
 namespace hfquant {
 #include "simd_scalar.h"
 #include "rows.h"
+#include "panel.h"
 #include "linear.h"
 
 KERNEL_TABLE(hfquant_scalar, "scalar", 4)

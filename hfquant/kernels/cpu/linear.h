@@ -219,59 +219,6 @@ void few_rows(const Weight& w, const Activations& a, const Output& out, int64_t 
   w.bits == 4 ? few_bits<4>(w, a, out, first, last) : few_bits<8>(w, a, out, first, last);
 }
 
-// Sums of the codes of each group of a panel's columns, without their zero points; floats if there are several groups.
-void sum_columns(const Weight& w, const uint8_t* panel, const int32_t* zeros, int32_t* out) {
-  const int64_t quads = panel_depth(w) / 4, group = w.in_features / w.groups;
-  const int64_t length = w.groups == 1 ? quads : group / 4;
-  for (int column = 0; column < BLOCK; column += V::LANES)
-    for (int64_t g = 0; g < w.groups; g++) {
-      const int64_t last = (g + 1) * length < quads ? (g + 1) * length : quads;
-      V::I sum = V::zero();
-      for (int64_t q = g * length; q < last; q++)
-        V::dot(sum, V::load(panel + (q * BLOCK + column) * 4), V::set(0x01010101));
-      const V::I zero = w.zero ? V::load(zeros + g * BLOCK + column) : V::set(1 << (w.bits - 1));
-      sum = V::sub(sum, V::mul(zero, V::set(int32_t(group))));
-      if (w.groups == 1)
-        V::store(out + column, sum);
-      else
-        V::storef((float*)out + g * BLOCK + column, V::to_float(sum));
-    }
-}
-
-// A panel: unsigned codes [K / 4, BLOCK, 4], float scales [groups, BLOCK], int32 zero points [groups, BLOCK], sums likewise.
-void pack_panel(const Weight& w, int64_t block, uint8_t* panel) {
-  const int64_t depth = panel_depth(w), words = depth * w.bits / 32;
-  for (int column = 0; column < BLOCK; column += V::LANES) {
-    int64_t rows[V::LANES];
-    for (int i = 0; i < V::LANES; i++) {  // past the last row it is packed again
-      const int64_t row = block * BLOCK + column + i;
-      rows[i] = row < w.rows ? row : w.rows - 1;
-    }
-    V::I word[V::LANES];
-    for (int64_t j = 0; j < words; j += V::LANES) {
-      const int64_t left = w.row_bytes - j * 4;
-      if (left > 0) V::transpose(w.codes + j * 4, w.row_bytes, rows, left, word);
-      const int count = words - j < V::LANES ? int(words - j) : V::LANES;
-      for (int i = 0; i < count; i++) {
-        const V::I v = left > 0 ? word[i] : V::zero();
-        uint8_t* to = panel + ((j + i) * (8 / w.bits) * BLOCK + column) * 4;
-        V::store(to, w.bits == 4 ? V::low(v) : v);
-        if (w.bits == 4) V::store(to + BLOCK * 4, V::high(v));
-      }
-    }
-  }
-  float* scales = (float*)(panel + depth * BLOCK);
-  int32_t* zeros = (int32_t*)(scales + w.groups * BLOCK);
-  for (int i = 0; i < BLOCK; i++) {
-    const int64_t row = block * BLOCK + i < w.rows ? block * BLOCK + i : w.rows - 1;
-    for (int64_t g = 0; g < w.groups; g++) {
-      scales[g * BLOCK + i] = float_of(uint32_t(w.scale[row * w.groups + g]) << 16);
-      if (w.zero) zeros[g * BLOCK + i] = zero_point(w, row, g);
-    }
-  }
-  sum_columns(w, panel, zeros, zeros + w.groups * BLOCK);
-}
-
 constexpr int TILE = V::REGISTERS == 32 ? 12 : 4;  // TILE x 2 accumulators, 2 vectors of weights, 1 of activations
 
 // Integer sums of ROWS rows and two vectors of columns over `quads` quads. `sums` start them (ZERO: correct them).
