@@ -8,7 +8,6 @@ schemes are symmetric. The uniform arm has groups of 32, which is 4.5 bits a wei
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -112,7 +111,7 @@ def smoke_rows() -> list[dict]:
 
 def main(given: list[str] | None = None) -> dict[str, Any]:
     from ptq import CALIBRATION_SHARE
-    from quality import machine, read_pairs, table
+    from quality import finish, machine, read_pairs
 
     options = arguments(given)
     results: dict[str, Any] = machine() | {"command": "python benchmarks/allocate.py " + " ".join(sys.argv[1:])}
@@ -140,11 +139,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         sentences = [s for pair in read_pairs(options.sts_calibration or options.sts)[0] for s in pair][:256]
         batches = [dict(tokenizer(sentence, return_tensors="pt")) for sentence in sentences]
         results["encoder"] = encoder_rows(source, batches, *read_pairs(options.sts), arms)
-    for key, value in results.items():
-        print("\n" + table(value) if isinstance(value, list) else f"{key}: {value}")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
-    return results
+    return finish(results, options.json)
 
 
 if __name__ == "__main__":

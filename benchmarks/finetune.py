@@ -537,12 +537,10 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         task = TASKS[options.task](options)
         results = run_arm(task, options, options.run["arm"], options.run["seed"], tuple(options.run["rates"]))
     else:
-        from quality import machine, table
+        from quality import finish, machine
 
         command = "python benchmarks/finetune.py " + " ".join(Path(a).name for a in options.given)
-        results = machine() | {"command": command} | tabulate(options)
-        for key, value in results.items():
-            print("\n" + table(value) if isinstance(value, list) else f"{key}: {value}")
+        return finish(machine() | {"command": command} | tabulate(options), options.json)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
     return results

@@ -189,7 +189,7 @@ def rows(options: argparse.Namespace, folder: Path) -> list[dict]:
 
 
 def main(given: list[str] | None = None) -> dict[str, Any]:
-    from quality import machine, table
+    from quality import finish, machine
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
@@ -205,11 +205,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         results |= {"rows": rows(options, folder)}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    for key, value in results.items():
-        print("\n" + table(value) if isinstance(value, list) else f"{key}: {value}")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
-    return results
+    return finish(results, options.json)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def real_rows(options: argparse.Namespace, folder: Path) -> list[dict]:
 
 
 def main(given: list[str] | None = None) -> dict[str, Any]:
-    from quality import machine, table
+    from quality import finish, machine
 
     options = arguments(given)
     results: dict[str, Any] = machine() | {"command": "python benchmarks/ptq.py " + " ".join(given or sys.argv[1:])}
@@ -176,11 +176,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         results["rows"] = smoke_rows(options, folder) if options.smoke else real_rows(options, folder)
-    for key, value in results.items():
-        print("\n" + table(value) if isinstance(value, list) else f"{key}: {value}")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
-    return results
+    return finish(results, options.json)
 
 
 if __name__ == "__main__":

@@ -162,6 +162,15 @@ def _cell(value: Any) -> str:
     )
 
 
+def finish(results: dict[str, Any], file: Path | None) -> dict[str, Any]:
+    """Print the results of a benchmark, and write them to ``file`` if there is one."""
+    for key, value in results.items():
+        print("\n" + table(value) if isinstance(value, list) else f"{key}: {value}")
+    if file:
+        file.write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
 def read_pairs(file: Path) -> tuple[list[tuple[str, str]], torch.Tensor]:
     with file.open(newline="", encoding="utf-8") as stream:
         rows = [row for row in csv.reader(stream) if len(row) >= 3]
@@ -234,11 +243,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         results |= language(options)
     if not options.smoke and options.sts:
         results |= encoder(options)
-    for key, value in results.items():
-        print("\n" + table(value) if isinstance(value, list) else f"{key}: {value}")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
-    return results
+    return finish(results, options.json)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
 """The example script under launchers: accelerate's, and torchrun with two processes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hfquant import get_quantization_info
+from tests.support.distributed import run_launched
 from tests.support.processes import ROOT
 
 
@@ -37,17 +35,8 @@ def test_launched_example_ends_in_a_quantized_checkpoint(launcher: str, tmp_path
     words += " --use_cpu --report_to none --quantization_mode qat --quantization_bits 8 --quantization_type static"
     words += " --calibration_batches 2 --max_steps 3 --save_steps 2 --per_device_train_batch_size 2"
     words += " --ddp_backend gloo" if launcher == "torchrun" else ""
-    done = subprocess.run(
-        [sys.executable, *launch.split(), *words.split()],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-        # the example compares with what was trained, bit for bit
-        env=os.environ | {"HFQUANT_KERNELS": "reference", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "same logits as in training: True" in done.stdout
+    printed = run_launched(launch, words)
+    assert "same logits as in training: True" in printed
     found = {path.name for path in (tmp_path / "out/checkpoint-2").iterdir()}
     assert {name for name in found if name.startswith("rng_state")} == states
     model = LlamaForCausalLM.from_pretrained(tmp_path / "out" / "final")
