@@ -16,7 +16,7 @@ from hfquant.hf.bitsandbytes import is_bitsandbytes
 from hfquant.hf.config import check_choice, check_integer
 from hfquant.hf.peft import add_side_adapter, merge_side_adapter
 from hfquant.hf.quantizer import HfQuantQuantizer
-from hfquant.hf.roles import model_roles
+from hfquant.hf.roles import TASK_HEADS, model_roles
 from hfquant.nn.fake_quant_module import Adapter
 from hfquant.nn.packed_module import PackedModule
 from hfquant.nn.swap import keep_packed_from_ddp_, packed_modules
@@ -26,9 +26,6 @@ from hfquant.schemes import ModulePattern
 logger = logging.get_logger(__name__)
 
 ADAPTERS = ("grid", "scales", "side")
-
-TASK_HEADS = ("classifier", "score", "qa_outputs")
-"""What Transformers calls the heads of classifiers: they are new for every task, and train whole."""
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from hfquant.errors import ConfigError
 from hfquant.finetune.side import MergeReport, merge_report
 from hfquant.hf.bitsandbytes import bitsandbytes_layers
+from hfquant.hf.roles import TASK_HEADS
 from hfquant.hf.trl import wrap_fused_head
 from hfquant.nn.adapted_module import AdaptedModule
 from hfquant.nn.packed_module import PackedModule
@@ -41,6 +42,9 @@ TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
 }
 """End of a model's class name -> PEFT's task, which also says what head is trained in full."""
+
+TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""Those of ``TASKS`` for which PEFT trains a head in full."""
 
 
 # What users and the Trainer call.
@@ -94,12 +98,11 @@ def add_side_adapter(
 
 def _default_targets(model: nn.Module) -> list[str]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    heads = ("classifier", "score")  # what PEFT trains in full for classification
     packed = [(name, module) for name, module in packed_modules(model) if isinstance(module, QuantLinear)]
     return [
         name
         for name, module in (*packed, *bitsandbytes_layers(model))
-        if module is not head and name.split(".")[-1] not in heads
+        if module is not head and name.split(".")[-1] not in TASK_HEADS  # PEFT trains those in full
     ]
 
 
@@ -325,7 +328,9 @@ def restore_trained_in_full_(model: nn.Module, config: Any) -> None:
     Raises:
         ConfigError: If one of them shares its packed weight with another module.
     """
-    wanted = getattr(config, "modules_to_save", None) or ()
+    wanted = tuple(getattr(config, "modules_to_save", None) or ())
+    if config.task_type in TASKS_WITH_HEADS:  # PEFT adds them to modules_to_save, for some tasks only later
+        wanted += TASK_HEADS
     packed = list(packed_modules(model))
     for name, module in packed:
         parts = name.split(".")

@@ -11,6 +11,10 @@ from hfquant.nn.weight_readers import read_by_owner
 from hfquant.schemes import ModulePattern
 
 
+TASK_HEADS = ("classifier", "score", "qa_outputs")
+"""What Transformers calls the heads of classifiers: they are new for every task, and train whole."""
+
+
 def model_roles(model: nn.Module) -> ModelRoles:
     """The roles of the modules of ``model``; in a plain module every ``nn.Embedding`` is an input embedding."""
     names = {id(module): name for name, module in model.named_modules()}

@@ -8,7 +8,14 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    PreTrainedModel,
+)
 
 from hfquant import (
     ConfigError,
@@ -16,6 +23,7 @@ from hfquant import (
     dequantize_model,
     get_quantization_info,
     merge_adapters,
+    prepare_model_for_finetuning,
     quantize_model_ptq,
 )
 from hfquant.finetune.side import MergeReport
@@ -378,3 +386,26 @@ def test_get_peft_model_names_what_trains() -> None:
     assert len(trains) == 4
     assert all("lora_" in name for name in trains)
     assert "lora_A" in str(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "head"),
+    [
+        (BertForSequenceClassification, "SEQ_CLS", "classifier"),
+        (BertForTokenClassification, "TOKEN_CLS", "classifier"),
+        (BertForQuestionAnswering, "QUESTION_ANS", "qa_outputs"),
+    ],
+)
+def test_heads_of_tasks_train_in_full(kind: Any, task: str, head: str) -> None:
+    config = BertConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=128
+    )
+    for adapt in (
+        lambda model: prepare_model_for_finetuning(model, "side", rank=4),
+        lambda model: get_peft_model(model, LoraConfig(r=4, target_modules=["query"], task_type=task)),
+    ):
+        model = adapt(quantize_model_ptq(kind(config), quantization_bits=4, progress=False))
+        whole = {name: p for name, p in model.named_parameters() if head in name and p.requires_grad}
+        assert {name.rpartition(".")[2] for name in whole} == {"weight", "bias"}
+        model(input_ids=torch.arange(3, 19).unsqueeze(0))[0].sum().backward()
+        assert all(p.is_floating_point() and p.grad is not None for p in whole.values())
