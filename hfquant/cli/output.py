@@ -3,7 +3,6 @@
 import functools
 import inspect
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from hfquant.errors import HfQuantError
+from hfquant.formats.quality_report import json_ready
 
 
 EXPECTED_ERRORS = (HfQuantError, OSError, ValueError, ImportError, SafetensorError)
@@ -66,15 +66,7 @@ def print_result(result: Mapping[str, Any], *, as_json: bool, title: str) -> Non
 
 def print_json(result: Mapping[str, Any]) -> None:
     """Print one JSON object; numbers that JSON does not have (NaN, infinity) are null."""
-    print(json.dumps(_plain(result), indent=2, allow_nan=False))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(json_ready(result), indent=2, allow_nan=False))
 
 
 def _text(value: Any) -> str:

@@ -25,16 +25,16 @@ REPORT_FILE = "quality_report.json"
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
     """Store ``report`` beside the checkpoint in ``folder``."""
-    text = json.dumps(_finite(report), indent=1, sort_keys=True, allow_nan=False)
+    text = json.dumps(json_ready(report), indent=1, sort_keys=True, allow_nan=False)
     (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
     """``value`` with null for numbers that JSON does not have (a layer that lost nothing has infinite SQNR)."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [json_ready(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -10,11 +10,11 @@ from transformers import TrainingArguments
 
 from hfquant.errors import ConfigError
 from hfquant.hf.config import TARGETS, USER_FIELDS, HfQuantConfig, check_choice, nearest
+from hfquant.hf.finetune import ADAPTERS
 
 
 MODES = ("ptq", "qat")
 VARIANTS = ("full", "lora")
-ADAPTERS = ("grid", "scales", "side")
 OF_THE_RUN = ("dequantize", "seed", *TARGETS)
 """Fields of ``HfQuantConfig`` that are no part of the scheme: training neither loads, nor draws, nor chooses bits."""
 

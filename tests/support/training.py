@@ -53,3 +53,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+
+
+def assert_scales_have_a_group(made: QuantTrainer, rate: float) -> None:
+    """The optimizer has every parameter that trains once, and those of scales in a group of their own."""
+    made.create_optimizer()
+    group = made.optimizer.param_groups[-1]
+    assert (group["lr"], group["weight_decay"]) == (rate, 0.0)
+    assert {id(p) for p in group["params"]} == {
+        id(p) for name, p in made.model.named_parameters() if name.endswith("_log_scale")
+    }
+    everything = [id(p) for g in made.optimizer.param_groups for p in g["params"]]
+    assert sorted(everything) == sorted(id(p) for p in made.model.parameters() if p.requires_grad)

@@ -28,7 +28,7 @@ from hfquant.training.staged_checkpoints import STAGING
 from tests.support.finetune import packed_model
 from tests.support.processes import run_python
 from tests.support.tiny_models import output
-from tests.support.training import CHECKPOINTING, config, examples, with_dropout
+from tests.support.training import CHECKPOINTING, assert_scales_have_a_group, config, examples, with_dropout
 
 
 pytestmark = pytest.mark.usefixtures("reference_kernels")
@@ -86,14 +86,7 @@ def test_a_training_step_works_and_accumulates_and_checkpoints_activations(tmp_p
 
 def test_scales_have_their_own_learning_rate_and_adapters_that_of_the_config(tmp_path: Path) -> None:
     made = trainer(tmp_path, scale_learning_rate=5e-4, weight_decay=0.1)
-    made.create_optimizer()
-    group = made.optimizer.param_groups[-1]
-    assert (group["lr"], group["weight_decay"]) == (5e-4, 0.0)
-    assert {id(p) for p in group["params"]} == {
-        id(p) for name, p in made.model.named_parameters() if name.endswith("_log_scale")
-    }
-    everything = [id(p) for g in made.optimizer.param_groups for p in g["params"]]
-    assert sorted(everything) == sorted(id(p) for p in made.model.parameters() if p.requires_grad)
+    assert_scales_have_a_group(made, 5e-4)
     frozen = trainer(tmp_path, scale_learning_rate=0)
     assert not any(p.requires_grad for n, p in frozen.model.named_parameters() if n.endswith("_log_scale"))
 

@@ -12,7 +12,15 @@ from hfquant.qat.prepare import fake_quant_modules
 from hfquant.training.callback import RECORD
 from tests.support.processes import run_python
 from tests.support.tiny_models import build, output
-from tests.support.training import CHECKPOINTING, QAT4, config, examples, trainer, with_dropout
+from tests.support.training import (
+    CHECKPOINTING,
+    QAT4,
+    assert_scales_have_a_group,
+    config,
+    examples,
+    trainer,
+    with_dropout,
+)
 
 
 # What was trained is what is deployed, bit for bit, on the reference kernels.
@@ -110,14 +118,7 @@ def test_autocast_trains_and_saves_what_it_trained(tmp_path: Path) -> None:
 
 def test_scales_have_their_own_learning_rate(tmp_path: Path) -> None:
     made = trainer(tmp_path, weight_decay=0.1, scale_learning_rate=5e-4, **QAT4)
-    made.create_optimizer()
-    group = made.optimizer.param_groups[-1]
-    assert (group["lr"], group["weight_decay"]) == (5e-4, 0.0)
-    assert {id(p) for p in group["params"]} == {
-        id(p) for name, p in made.model.named_parameters() if name.endswith("_log_scale")
-    }
-    everything = [id(p) for g in made.optimizer.param_groups for p in g["params"]]
-    assert sorted(everything) == sorted(id(p) for p in made.model.parameters() if p.requires_grad)
+    assert_scales_have_a_group(made, 5e-4)
     frozen = trainer(tmp_path, scale_learning_rate=0, **QAT4)
     assert not any(p.requires_grad for n, p in frozen.model.named_parameters() if n.endswith("_log_scale"))
 
