@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfquant.cli.models import check_output, load_language_model, parse_dtype
@@ -38,6 +39,7 @@ def export(
     """Write MODEL for another engine, file by file and with unchanged codes."""
     if evaluate is not None and dtype is None:
         raise ConfigError("--evaluate measures what --dtype costs; give one, as in --dtype bfloat16")
+    ids = None if evaluate is None else text_tokens(load_tokenizer(model), read_text(evaluate))[:evaluate_tokens]
     report = export_model(
         model,
         to,
@@ -50,8 +52,8 @@ def export(
         revision=revision,
     )
     result = _summary(report)
-    if evaluate is not None and dtype is not None:
-        result["dtype_cost"] = _dtype_cost(model, report, dtype, read_text(evaluate), evaluate_tokens)
+    if ids is not None and dtype is not None:
+        result["dtype_cost"] = _dtype_cost(model, report, dtype, ids)
     print_result(result, as_json=json, title=f"{model} -> {output}")
 
 
@@ -67,8 +69,7 @@ def _summary(report: ExportReport) -> dict[str, Any]:
     }
 
 
-def _dtype_cost(model: str, report: ExportReport, dtype: str, text: str, tokens: int) -> dict[str, Any]:
-    ids = text_tokens(load_tokenizer(model), text)[:tokens]
+def _dtype_cost(model: str, report: ExportReport, dtype: str, ids: Tensor) -> dict[str, Any]:
     narrow = in_dtype(load_language_model(model), list(report.dense), parse_dtype(dtype))
     compared = compare_models(load_language_model(model), {dtype: narrow}, ids)[dtype]
     return {"dtype": dtype, "mean_kl": compared.mean_kl, "tokens": compared.tokens}

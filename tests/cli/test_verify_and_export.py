@@ -132,3 +132,6 @@ def test_export_says_what_a_narrow_dtype_costs(
     }
     assert max(cost["float32"], cost["float16"]) < cost["bfloat16"] < 1e-2
     assert "--evaluate measures what --dtype costs" in refused(*to, "-o", tmp_path / "x")
+    missing = [*to[:-1], tmp_path / "none.txt", "-o", tmp_path / "x", "--dtype", "bfloat16"]
+    assert "none.txt: cannot be read" in refused(*missing)
+    assert not (tmp_path / "x").exists()  # before any work
