@@ -4,7 +4,8 @@
     python benchmarks/finetune.py language --text wikitext2-valid.txt
 
 Every finished arm of a seed is one JSON file in --results; one that has its file is not repeated, so the command can be
-interrupted and given again. The rows and the paired comparisons are written to --json.
+interrupted and given again. The rows and the paired comparisons are written to --json. --device cuda trains on a GPU
+(with products in TF32), --jobs 8 lets eight arms share it.
 
 classification  MiniLM on sentence polarity (Pang and Lee 2005), one split for all: 70 % to train, 10 % to tune, 20 % to
                 judge, drawn with seed 0. The head (pooler, and a new classifier) trains in every arm.
@@ -16,7 +17,7 @@ are calibrated on the part to train (GPTQ).
 
 head         the head alone (classification)
 lora         LoRA on the float model
-lora-ptq     that, merged, then quantized with GPTQ; lora-signround with SignRound
+lora, ptq    that, merged, then quantized with GPTQ; lora-signround with SignRound
 nf4          LoRA on bitsandbytes' NF4, and merged by PEFT
 grid         hfquant's adapter inside the rounding, merged, saved and loaded again
 scales       hfquant's scales, norms and biases alone
@@ -25,10 +26,8 @@ side         LoRA beside hfquant's codes, and merged onto the grid
 
 import argparse
 import copy
-import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -42,6 +41,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BatchEncoding,
     BertConfig,
     BertForSequenceClassification,
 )
@@ -122,7 +122,7 @@ def merged(model: nn.Module, arm: str, folder: Path) -> nn.Module:
         model = merge_adapters(model)
     model.save_pretrained(folder)
     loaded = type(model).from_pretrained(folder)
-    return loaded.eval()
+    return loaded.to(model.device).eval()
 
 
 def changed_codes(base: nn.Module, model: nn.Module) -> float:
@@ -192,7 +192,7 @@ class Classification(Task):
         return AutoModelForSequenceClassification.from_pretrained(self.source, dtype=torch.float32)
 
     def calibration(self) -> list[dict[str, Tensor]]:
-        return [batched([ids]) for ids, _ in self.parts["train"][:128]]
+        return [dict(batched([ids])) for ids, _ in self.parts["train"][:128]]
 
     def losses(self, model: nn.Module, seed: int) -> Iterator[Tensor]:
         """Batches of sentences of like length, in random order."""
@@ -206,8 +206,8 @@ class Classification(Task):
             batches = [pool[i : i + self.batch] for pool in pools for i in range(0, len(pool), self.batch)]
             for chosen in torch.randperm(len(batches), generator=generator).tolist():
                 rows = [data[j] for j in batches[chosen]]
-                labels = torch.tensor([label for _, label in rows])
-                yield cross_entropy(model(**batched([ids for ids, _ in rows])).logits, labels)
+                labels = torch.tensor([label for _, label in rows], device=model.device)
+                yield cross_entropy(model(**batched([ids for ids, _ in rows]).to(model.device)).logits, labels)
 
     @torch.no_grad()
     def judge(self, model: nn.Module, part: str) -> dict[str, Any]:
@@ -217,18 +217,18 @@ class Classification(Task):
         order = sorted(range(len(data)), key=lambda i: len(data[i][0]))
         for start in range(0, len(order), 32):
             chosen = order[start : start + 32]
-            guesses = model(**batched([data[i][0] for i in chosen])).logits.argmax(-1).tolist()
+            guesses = model(**batched([data[i][0] for i in chosen]).to(model.device)).logits.argmax(-1).tolist()
             for i, guess in zip(chosen, guesses, strict=True):
                 right[i] = guess == data[i][1]
         return {"accuracy": 100 * sum(right) / len(right), "right": "".join("01"[value] for value in right)}
 
 
-def batched(rows: list[list[int]]) -> dict[str, Tensor]:
+def batched(rows: list[list[int]]) -> BatchEncoding:
     """Padded ids and their mask."""
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
-    return {"input_ids": ids, "attention_mask": (torch.arange(width) < lengths).long()}
+    return BatchEncoding({"input_ids": ids, "attention_mask": (torch.arange(width) < lengths).long()})
 
 
 class Language(Task):
@@ -263,7 +263,7 @@ class Language(Task):
 
 def base_model(task: Task, options: argparse.Namespace, arm: str, seed: int) -> nn.Module:
     """The model that ``arm`` starts from; the quantized one is calibrated once and kept in a file."""
-    model = task.float_model(seed)
+    model = task.float_model(seed).to(options.device)
     if arm in ("head", "lora"):
         return model
     if arm == "nf4":
@@ -273,7 +273,7 @@ def base_model(task: Task, options: argparse.Namespace, arm: str, seed: int) -> 
     folder = options.results / f"{options.task}-base"
     if not (folder / "config.json").is_file():
         quantize(copy.deepcopy(model), task, "gptq", keep_residual=True).save_pretrained(folder)
-    loaded = type(model).from_pretrained(folder)
+    loaded = type(model).from_pretrained(folder).to(options.device)
     new = {key: value for key, value in model.state_dict().items() if set(key.split(".")) & set(HEADS)}
     loaded.load_state_dict(new, strict=False)
     return loaded
@@ -308,6 +308,7 @@ def run_arm(task: Task, options: argparse.Namespace, arm: str, seed: int, rates:
             value = task.sign * tuned[f"{rate:g}"]
         if best is None or value < best[0]:
             best = value, rate, model
+        del model
     assert best is not None
     result = {"rate": best[1], "tuned": tuned, "train_seconds": statistics.median(seconds)}
     return result | judged(task, options, arm, seed, best[2])
@@ -346,28 +347,41 @@ def merged_folder(options: argparse.Namespace, arm: str, seed: int) -> Path:
 def signround(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """What ``lora`` left, quantized with learned rounding."""
     kind = type(task.float_model(seed))
-    model = kind.from_pretrained(merged_folder(options, "lora", seed), dtype=torch.float32)
+    model = kind.from_pretrained(merged_folder(options, "lora", seed), dtype=torch.float32).to(options.device)
     return {"rate": 0.0, "train_seconds": 0.0, "ptq": task.judge(quantize(model, task, "signround"), "test")}
 
 
 TASKS: dict[str, type[Task]] = {"classification": Classification, "language": Language}
 
 
-def file_of(options: argparse.Namespace, arm: str, seed: int) -> Path:
-    return options.results / f"{options.task}-{arm}-s{seed}.json"
+def run_here(options: argparse.Namespace, arm: str, seed: int, rates: tuple[float, ...]) -> dict[str, Any]:
+    return run_arm(TASKS[options.task](options), options, arm, seed, rates)
 
 
-def run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
-    """The result of one arm: from its file, or from a new process; only the first seed tunes."""
-    file = file_of(options, arm, seed)
-    if not file.is_file():
-        print(file.stem, flush=True)
-        rates = RATES[arm]
-        if seed != options.seeds[0]:
-            rates = (run(options, arm, options.seeds[0])["rate"],)
-        inner = ["--run", json.dumps({"arm": arm, "seed": seed, "rates": rates}), "--json", str(file)]
-        subprocess.run([sys.executable, "-W", "ignore", str(HERE), *options.given, *inner], check=True)
-    return json.loads(file.read_text())
+def write_base(options: argparse.Namespace) -> dict[str, Any]:
+    """Quantize the model that the quantized arms start from."""
+    base_model(TASKS[options.task](options), options, "grid", options.seeds[0])
+    return {}
+
+
+def runs(options: argparse.Namespace, wanted: list[tuple[str, int, tuple[float, ...]]]) -> list[dict[str, Any]]:
+    """The results of ``(arm, seed, rates)``: from their files, or from new processes."""
+    from arms import results
+
+    calls = {f"{options.task}-{arm}-s{seed}": (run_here, (options, arm, seed, rates)) for arm, seed, rates in wanted}
+    return results(options.results, calls, jobs=options.jobs, threads=options.threads)
+
+
+def found_of(options: argparse.Namespace, chosen: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """All seeds of all arms; the first seed tunes, and what quantizes another arm's model comes last."""
+    from arms import results
+
+    results(options.results, {f"{options.task}-base": (write_base, (options,))}, threads=options.threads)
+    trained, first, others = [arm for arm in chosen if arm != "lora-signround"], options.seeds[0], options.seeds[1:]
+    tuned = dict(zip(trained, runs(options, [(arm, first, RATES[arm]) for arm in trained]), strict=True))
+    runs(options, [(arm, seed, (tuned[arm]["rate"],)) for seed in others for arm in trained])
+    rates = {arm: (result["rate"],) for arm, result in tuned.items()} | {"lora-signround": (0.0,)}
+    return {arm: runs(options, [(arm, seed, rates[arm]) for seed in options.seeds]) for arm in chosen}
 
 
 # A tiny random model and random data, in seconds.
@@ -487,7 +501,7 @@ def tabulate(options: argparse.Namespace) -> dict[str, Any]:
     arms = [arm for arm in ARMS if not options.arms or arm in options.arms]
     if options.task == "language":
         arms = [arm for arm in arms if arm != "head"]
-    return tables_of({arm: [run(options, arm, seed) for seed in options.seeds] for arm in arms}, options.task)
+    return tables_of(found_of(options, arms), options.task)
 
 
 def tables_of(found: dict[str, list[dict[str, Any]]], task: str) -> dict[str, Any]:
@@ -514,9 +528,10 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--eval-tokens", type=int, default=16384, help="0 takes all")
     parser.add_argument("--tune-tokens", type=int, default=4096)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of one arm")
+    parser.add_argument("--jobs", type=int, default=1, help="how many arms at a time")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model, in seconds")
-    parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write the results here too")
     options = parser.parse_args(given)
     classification = options.task == "classification"
@@ -532,18 +547,10 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     if options.smoke:
         return smoke(options.given)
-    options.results.mkdir(parents=True, exist_ok=True)
-    if options.run:
-        task = TASKS[options.task](options)
-        results = run_arm(task, options, options.run["arm"], options.run["seed"], tuple(options.run["rates"]))
-    else:
-        from quality import finish, machine
+    from quality import finish, machine
 
-        command = "python benchmarks/finetune.py " + " ".join(Path(a).name for a in options.given)
-        return finish(machine() | {"command": command} | tabulate(options), options.json)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
-    return results
+    command = "python benchmarks/finetune.py " + " ".join(Path(a).name for a in options.given)
+    return finish(machine(options.device) | {"command": command} | tabulate(options), options.json)
 
 
 if __name__ == "__main__":

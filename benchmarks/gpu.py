@@ -6,7 +6,7 @@
     python benchmarks/gpu.py integers     # W8A8 at M = 16 to 8192, beside bf16 and torch._int_mm
     python benchmarks/gpu.py elementwise  # dequantize, fake quantize, grid weight, rows: share of copy bandwidth
     python benchmarks/gpu.py decode       # tokens a second of a 1B- and 8B-shaped model, static cache, CUDA graphs
-    python benchmarks/gpu.py train        # a step of LoRA on INT4 beside LoRA on bf16
+    python benchmarks/gpu.py train        # a step of fine-tuning and QAT beside bf16 LoRA, full training, torchao's QAT
 
 Each part takes under 10 minutes and writes benchmarks/results/gpu-<part>.json. ``--dry-run`` stops before the first
 call to CUDA. Weights rotate through more memory than the L2 cache holds; times are medians of CUDA graph replays.
@@ -14,6 +14,7 @@ Libraries that are not installed are listed with the reason; nothing is download
 """
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -429,52 +430,73 @@ def decode(device: str, names: list[str], tokens: int = 128) -> list[Row]:
     return rows
 
 
-class LoraLinear(nn.Module):
-    """A frozen linear layer and a trained product of rank R beside it."""
-
-    def __init__(self, base: nn.Module, n: int, k: int, rank: int, device: str):
-        super().__init__()
-        self.base = base
-        self.down = nn.Parameter(torch.randn(rank, k, device=device, dtype=torch.bfloat16) * 0.01)
-        self.up = nn.Parameter(torch.zeros(n, rank, device=device, dtype=torch.bfloat16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + linear(linear(x, self.down), self.up)
+TRAINED = ("bf16 LoRA", "int4 side", "int4 grid", "int4 scales", "QAT lora", "full", "QAT full", "torchao QAT full")
+"""Arms of ``train``: those without "full" train adapters or scales of a bfloat16 or packed model; "full" has float32
+weights, all of which train, and computes in bfloat16 by autocast."""
 
 
-def add_lora_(model: nn.Module, rank: int, device: str) -> nn.Module:
-    model.requires_grad_(False)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and "lm_head" not in name:
-            parent, _, key = name.rpartition(".")
-            wrapped = LoraLinear(module, module.out_features, module.in_features, rank, device)
-            setattr(model.get_submodule(parent), key, wrapped)
-    return model.train()
+def trainable(arm: str, model: nn.Module) -> nn.Module:
+    """``model`` with what ``arm`` trains."""
+    scheme = {"quantization_bits": 4, "quantization_type": "weight_only", "group_size": 128, "embedding_bits": 16}
+    if arm.startswith("int4"):
+        return hfquant.prepare_model_for_finetuning(model, arm.split()[1], rank=16, progress=False)
+    if arm.startswith("QAT"):
+        return hfquant.prepare_model_qat(model, variant=arm.split()[1], progress=False, **scheme)
+    if arm.startswith("torchao"):
+        from torchao.quantization import IntxWeightOnlyConfig, quantize_
+        from torchao.quantization.granularity import PerGroup
+        from torchao.quantization.qat import QATConfig
+
+        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(128))
+        is_linear = lambda module, name: isinstance(module, nn.Linear) and name != "lm_head"
+        quantize_(model, QATConfig(config, step="prepare"), filter_fn=is_linear)
+        return model
+    if arm == "bf16 LoRA":
+        from peft import LoraConfig, get_peft_model
+
+        return get_peft_model(
+            model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+    return model
+
+
+def step_seconds(model: nn.Module, ids: Tensor, *, mixed: bool, steps: int = 8) -> float:
+    """Median seconds of a training step, without the first three."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    times = []
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[3:])
 
 
 def train(device: str, names: list[str], shape: tuple[int, int] = (4, 1024)) -> list[Row]:
     rows = []
     for name in names:
-        row: Row = {"model": name, "tokens": shape[0] * shape[1]}
-        for bits in (None, 4):
-            model = add_lora_(build_model(name, device, bits), 16, device)
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-            ids, times = torch.randint(0, 128000, shape, device=device), []
-            for _ in range(8):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                model(input_ids=ids, labels=ids).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                torch.cuda.synchronize()
-                times.append(time.perf_counter() - start)
-            row[f"int{bits} ms" if bits else "bf16 ms"] = 1e3 * statistics.median(times[3:])
-            row["int4 GB" if bits else "bf16 GB"] = torch.cuda.max_memory_allocated() / 1e9
-            del model, optimizer
-            torch.cuda.empty_cache()
+        for arm in TRAINED:
             torch.cuda.reset_peak_memory_stats()
-        row["int4 / bf16"] = row["int4 ms"] / row["bf16 ms"]
-        rows.append(row)
+            row: Row = {"model": name, "arm": arm, "tokens": shape[0] * shape[1]}
+            mixed = arm.endswith("full")
+
+            def measured(arm: str = arm, mixed: bool = mixed, name: str = name) -> float:
+                model = build_model(name, device, 4 if arm.startswith("int4") else None)
+                model = trainable(arm, model.float() if mixed else model).train()
+                torch.cuda.reset_peak_memory_stats()
+                return step_seconds(model, torch.randint(0, 128000, shape, device=device), mixed=mixed)
+
+            attempt(row, "ms", lambda: 1e3 * measured())
+            row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
+            row["tokens/s"] = 1e3 * row["tokens"] / row["ms"] if isinstance(row["ms"], float) else ""
+            rows.append(row)
+            gc.collect()
+            torch.cuda.empty_cache()
     return rows
 
 

@@ -40,7 +40,7 @@ def iterations_of(method: str, options: argparse.Namespace) -> int:
 
 def our_model(source: Path, method: str, rows: torch.Tensor, options: argparse.Namespace, out: Path) -> dict[str, Any]:
     algorithm = method.partition(":")[0]
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(options.device)
     data = {"calibration_data": [{"input_ids": part} for part in rows.split(4)]} if algorithm in OURS[2:] else {}
     started = time.perf_counter()
     quantize_model_ptq(
@@ -98,10 +98,12 @@ def rows_of(
 ) -> list[dict]:
     """One row a method and text, all compared with the float model in one pass."""
     models = {
-        method: AutoModelForCausalLM.from_pretrained(folder / method.replace(":", "-"), dtype=torch.float32)
+        method: AutoModelForCausalLM.from_pretrained(folder / method.replace(":", "-"), dtype=torch.float32).to(
+            options.device
+        )
         for method in records
     }
-    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(options.device)
     rows = []
     for text, ids in texts.items():
         found = compare_models(original, models, ids, context=options.context, progress=not options.smoke)
@@ -128,6 +130,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--second-text", action="store_true", help="also the help topics of Python")
     parser.add_argument("--keep", type=Path, help="where the models stay")
     parser.add_argument("--only-make", action="store_true", help="make the models and measure another time")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--smoke", action="store_true", help="a tiny random model, in seconds")
     return parser.parse_args(given)
@@ -171,7 +174,9 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     from quality import finish, machine
 
     options = arguments(given)
-    results: dict[str, Any] = machine() | {"command": "python benchmarks/ptq.py " + " ".join(given or sys.argv[1:])}
+    results: dict[str, Any] = machine(options.device) | {
+        "command": "python benchmarks/ptq.py " + " ".join(given or sys.argv[1:])
+    }
     results |= {"calibration_windows": options.samples, "window": options.context}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)

@@ -6,6 +6,7 @@
 
 Every finished run is one JSON file in --results; a run that has its file is not repeated, so the command can be
 interrupted and given again. torchao (0.18, with torch and transformers) runs in the interpreter that is given.
+--device cuda trains on a GPU (with products in TF32), --jobs 8 lets eight runs share it.
 
 language  SmolLM2-135M, INT4 symmetric g64, embeddings and head in float, pure distillation from the float model on the
           first 60 % of the text; learning rates are tuned on the next 10 %, equally for all arms; measured on the last
@@ -22,8 +23,9 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +46,42 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "examples")]
 LANGUAGE_SCHEME = {"quantization_bits": 4, "quantization_type": "weight_only", "group_size": 64, "embedding_bits": 16}
 ENCODER_SCHEME = {"quantization_bits": 4, "quantization_type": "dynamic", "group_size": -1, "embedding_bits": 16}
 
-LANGUAGE_ARMS = ("ptq", "qat-full", "qat-lora", "torchao", "float-ce", "qat-full-ce", "torchao-ce")
-ENCODER_ARMS = ("float", "ptq", "float-more", "qat-full", "torchao")
+LANGUAGE_ARMS = (
+    "zero-step",
+    "ptq-gptq",
+    "ptq-signround",
+    "qat-full",
+    "qat-lora",
+    "torchao",
+    "float-ce",
+    "qat-full-ce",
+    "torchao-ce",
+)
+ENCODER_ARMS = (
+    "float",
+    "float-more",
+    "zero-step",
+    "ptq-gptq",
+    "qat-full",
+    "torchao",
+    "zero-step-g64",
+    "ptq-gptq-g64",
+    "qat-full-g64",
+    "torchao-g64",
+)
 RATES = {"qat-lora": (3e-4, 1e-3, 3e-3)}
 """Learning rates that are tried where they differ from --rates: adapters take larger ones."""
 SCALE_RATE = 1e-3
 
 
-def machine() -> dict[str, str]:
-    from quality import machine as described
+def is_trained(arm: str) -> bool:
+    return not arm.startswith(("zero-step", "ptq"))
 
-    return described() | {"command": "python benchmarks/qat.py " + " ".join(Path(a).name for a in sys.argv[1:])}
+
+def scheme_of(task: str, arm: str) -> dict[str, Any]:
+    if task == "language":
+        return LANGUAGE_SCHEME
+    return ENCODER_SCHEME | ({"group_size": 64} if arm.endswith("-g64") else {})
 
 
 # What is trained, and how it becomes what is measured.
@@ -72,7 +99,7 @@ def prepared(model: nn.Module, arm: str, scheme: dict[str, Any]) -> nn.Module:
     return model
 
 
-def converted(model: nn.Module, arm: str, scheme: dict[str, Any]) -> nn.Module:
+def converted(model: nn.Module, arm: str, scheme: dict[str, Any], calibration: Callable[[], list[Any]]) -> nn.Module:
     """``model`` after training, really quantized."""
     if arm.startswith("torchao"):
         from torchao.quantization import quantize_
@@ -81,8 +108,11 @@ def converted(model: nn.Module, arm: str, scheme: dict[str, Any]) -> nn.Module:
         quantize_(model, QATConfig(torchao_config(scheme), step="convert"), filter_fn=is_quantized_linear)
     elif arm.startswith("qat"):
         convert_model_qat(model)
-    elif arm == "ptq":
-        quantize_model_ptq(model, progress=False, **scheme)
+    elif arm.startswith("zero-step"):
+        quantize_model_ptq(model, progress=False, **scheme)  # where QAT starts: the search
+    elif arm.startswith("ptq"):
+        algorithm = {"algorithm": arm.split("-")[1]}
+        quantize_model_ptq(model, calibration_data=calibration(), progress=False, **scheme | algorithm)
     return model.eval()
 
 
@@ -118,18 +148,19 @@ def train(
         optimizer, lambda step: min((step + 1) / max(1, steps // 10), (steps - step) / steps)
     )
     model.train()
+    torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU; nothing changes on a CPU
     started, seen = time.perf_counter(), []
-    for step in range(steps):
+    for _ in range(steps):
         loss = next(losses)
         loss.backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        seen.append(float(loss.detach()))
-        if step % 10 == 9:
-            print(f"  step {step + 1}/{steps} loss {statistics.fmean(seen[-10:]):.5f}", flush=True)
-    return {"seconds": time.perf_counter() - started, "loss_first": seen[0], "loss_last": statistics.fmean(seen[-5:])}
+        seen.append(loss.detach())
+    first, *_, last = float(seen[0]), float(torch.stack(seen[-5:]).mean())
+    torch.set_float32_matmul_precision("highest")
+    return {"seconds": time.perf_counter() - started, "loss_first": first, "loss_last": last}
 
 
 # The language model.
@@ -157,7 +188,7 @@ def language_losses(model: nn.Module, teacher: nn.Module, ids: Tensor, options: 
     generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(0, len(ids) - options.context, (options.batch,), generator=generator)
-        batch = torch.stack([ids[start : start + options.context] for start in starts.tolist()])
+        batch = torch.stack([ids[start : start + options.context] for start in starts.tolist()]).to(options.device)
         logits = model(batch).logits[:, :-1]
         if arm.endswith("-ce"):
             yield cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
@@ -168,16 +199,22 @@ def language_losses(model: nn.Module, teacher: nn.Module, ids: Tensor, options: 
         yield total / count
 
 
+def calibration_windows(ids: Tensor) -> list[dict[str, Tensor]]:
+    """64 windows of 512 tokens, spread over the text."""
+    whole = ids[: len(ids) // 512 * 512].view(-1, 512)
+    return [{"input_ids": part} for part in whole[torch.linspace(0, len(whole) - 1, 64).long()].split(4)]
+
+
 def run_language(options: argparse.Namespace, arm: str, seed: int, rate: float, part: str) -> dict[str, Any]:
     source = language_source(options)
     ids = split_ids(options, source)
     torch.manual_seed(seed)
-    teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval().to(options.device)
     model = prepared(copy.deepcopy(teacher), arm, LANGUAGE_SCHEME)
     result: dict[str, Any] = {}
-    if arm != "ptq":
+    if is_trained(arm):
         result = train(model, options.steps, rate, language_losses(model, teacher, ids["train"], options, arm, seed))
-    model = converted(model, arm, LANGUAGE_SCHEME)
+    model = converted(model, arm, LANGUAGE_SCHEME, lambda: calibration_windows(ids["train"]))
     if hasattr(model, "dequantize") and hasattr(model, "hf_quantizer"):
         model.dequantize()  # the same logits, bit for bit, sooner (tests/hf/test_dequantize.py)
     found = compare_models(teacher, {arm: model}, ids[part], context=512, progress=False)[arm]
@@ -199,13 +236,15 @@ def run_encoder(options: argparse.Namespace, arm: str, seed: int, rate: float, p
     tokenizer = AutoTokenizer.from_pretrained(source)
     base = options.results / f"encoder-float-s{seed}.pretrained"
     torch.manual_seed(seed)
-    model = AutoModel.from_pretrained(source if arm == "float" else base, dtype=torch.float32)
-    model = prepared(model, arm, ENCODER_SCHEME)
+    model = AutoModel.from_pretrained(source if arm == "float" else base, dtype=torch.float32).to(options.device)
+    scheme = scheme_of("encoder", arm)
+    model = prepared(model, arm, scheme)
     result: dict[str, Any] = {}
-    if arm != "ptq":
+    if is_trained(arm):
         losses = encoder_losses(model, tokenizer, pairs, scores / 5, options.encoder_batch, seed)
         result = train(model, options.encoder_steps, rate, losses)
-    model = converted(model, arm, ENCODER_SCHEME)
+    sentences = [text for pair in pairs[:256] for text in pair]
+    model = converted(model, arm, scheme, lambda: [dict(tokenizer(text, return_tensors="pt")) for text in sentences])
     if arm == "float" and part == "test":
         model.save_pretrained(base)
     return result | {"spearman": 100 * spearman(sentence_similarity(model, tokenizer, judged[0]), judged[1])}
@@ -216,11 +255,11 @@ def encoder_losses(model: nn.Module, tokenizer: Any, pairs: list, targets: Tenso
     while True:
         for chosen in torch.randperm(len(pairs), generator=generator).split(size):
             sides = [pooled(model, tokenizer, [pairs[i][side] for i in chosen.tolist()]) for side in (0, 1)]
-            yield mse_loss((sides[0] * sides[1]).sum(-1), targets[chosen])
+            yield mse_loss((sides[0] * sides[1]).sum(-1), targets[chosen].to(model.device))
 
 
 def pooled(model: nn.Module, tokenizer: Any, sentences: list[str]) -> Tensor:
-    batch = tokenizer(sentences, padding=True, truncation=True, return_tensors="pt")
+    batch = tokenizer(sentences, padding=True, truncation=True, return_tensors="pt").to(model.device)
     mask = batch["attention_mask"].unsqueeze(-1).float()
     hidden = model(**batch).last_hidden_state
     return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
@@ -265,54 +304,60 @@ TASKS = {"language": run_language, "encoder": run_encoder, "cost": run_cost}
 SMOKE_SCHEME = LANGUAGE_SCHEME | {"group_size": 32}
 
 
-def run(options: argparse.Namespace, task: str, arm: str, seed: int, rate: float, part: str) -> dict[str, Any] | None:
-    """The result of one run: from its file, or from a new process."""
-    name = f"{task}-{arm}-s{seed}" + (f"-lr{rate:g}" if rate else "") + ("-tune" if part == "tune" else "")
-    file = options.results / f"{name}.json"
-    if not file.is_file():
-        python = options.torchao_python if arm.startswith("torchao") else sys.executable
-        if python is None:
-            print(f"{name}: not run, no --torchao-python")
-            return None
-        print(f"{name}", flush=True)
-        inner = ["--run", json.dumps({"task": task, "arm": arm, "seed": seed, "rate": rate, "part": part})]
-        subprocess.run(
-            [str(python), "-W", "ignore", str(HERE), *options.given, *inner, "--json", str(file)], check=True
-        )
-    return json.loads(file.read_text())
+def runs(options: argparse.Namespace, task: str, wanted: list[tuple[str, int, float, str]]) -> list[dict[str, Any]]:
+    """The results of ``(arm, seed, rate, part)``: from their files, or from new processes."""
+    from arms import results
+
+    calls = {}
+    for arm, seed, rate, part in wanted:
+        name = f"{task}-{arm}-s{seed}" + (f"-lr{rate:g}" if rate else "") + ("-tune" if part == "tune" else "")
+        python = options.torchao_python if arm.startswith("torchao") else None
+        calls[name] = (run_elsewhere if python else run_here, (options, task, arm, seed, rate, part))
+    return results(options.results, calls, jobs=options.jobs, threads=options.threads)
 
 
-def tuned_rate(options: argparse.Namespace, task: str, arm: str, rates: tuple[float, ...], better: Any) -> float:
-    """The rate that does best for ``arm`` on the tuning part, with the first seed; every arm tries as many."""
-    if arm == "ptq":
-        return 0.0
-    found = {rate: run(options, task, arm, options.seeds[0], rate, "tune") for rate in rates} if len(rates) > 1 else {}
-    known = {rate: better(result) for rate, result in found.items() if result is not None}
-    return min(known, key=known.__getitem__) if known else rates[0]
+def run_here(options: argparse.Namespace, task: str, arm: str, seed: int, rate: float, part: str) -> dict[str, Any]:
+    return TASKS[task](options, arm, seed, rate, part) | {"arm": arm, "seed": seed, "rate": rate}
 
 
-def recovery_rows(options: argparse.Namespace, task: str, arms: tuple[str, ...], measure: str) -> list[dict[str, Any]]:
-    sign = 1 if task == "language" else -1
-    rows = []
-    for arm in arms:
-        rates = tuple(options.rates) if options.rates else RATES.get(arm, (1e-5, 3e-5, 1e-4))
-        rate = tuned_rate(options, task, arm, rates, lambda result: sign * result[measure])
-        for seed in options.seeds if task == "encoder" or arm != "ptq" else options.seeds[:1]:
-            result = run(options, task, arm, seed, rate, "test")
-            if result is not None:
-                numbers = {key: value for key, value in result.items() if isinstance(value, (int, float))}
-                rows.append({"arm": arm, "seed": seed, "rate": f"{rate:g}"} | numbers)
-    return rows
+def run_elsewhere(options: argparse.Namespace, task: str, *wanted: Any) -> dict[str, Any]:
+    """The same in the interpreter that has torchao."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        command = [str(options.torchao_python), "-W", "ignore", str(HERE), *options.given, "--json", str(file)]
+        subprocess.run([*command, "--run", json.dumps([task, *wanted])], check=True)
+        found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def recovery_rows(options: argparse.Namespace, task: str, chosen: list[str], measure: str) -> list[dict[str, Any]]:
+    """Tune with the first seed, all arms as often, then run every seed."""
+    sign, rates = (1 if task == "language" else -1), dict.fromkeys(chosen, 0.0)
+    trained = [arm for arm in chosen if is_trained(arm)]
+    tried = [
+        (arm, options.seeds[0], rate, "tune")
+        for arm in trained
+        for rate in options.rates or RATES.get(arm, (1e-5, 3e-5, 1e-4))
+    ]
+    tuned = runs(options, task, tried)
+    for arm in trained:
+        rates[arm] = min((sign * found[measure], found["rate"]) for found in tuned if found["arm"] == arm)[1]
+    # The language model's PTQ is the same for every seed; an encoder is another one.
+    wanted = [
+        (arm, seed, rates[arm], "test")
+        for arm in chosen
+        for seed in (options.seeds if task == "encoder" or arm in trained else options.seeds[:1])
+    ]
+    return runs(options, task, wanted)
 
 
 def cost_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Arms take turns; the ratio is that of medians over all rounds."""
-    arms = tuple(options.arms) if options.arms else ("float", "qat-full", "lora", "qat-lora")
-    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    chosen = tuple(options.arms) if options.arms else ("float", "qat-full", "lora", "qat-lora")
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in chosen}
     for turn in range(options.rounds):
-        for arm in arms:
-            result = run(options, "cost", arm, turn, 0.0, "test")
-            found[arm] += [result] if result is not None else []
+        for arm in chosen:
+            found[arm] += runs(options, "cost", [(arm, turn, 0.0, "test")])
     rows = []
     for arm, results in found.items():
         seconds = statistics.median(s for result in results for s in result["step_seconds"])
@@ -329,16 +374,16 @@ def tiny_llama() -> nn.Module:
     return LlamaForCausalLM(config)
 
 
-def smoke() -> dict[str, Any]:
+def smoke(device: str) -> dict[str, Any]:
     """The language arms without torchao on a tiny random model, and the cost of a step, in this process."""
     torch.manual_seed(0)
-    options = argparse.Namespace(batch=2, context=16, steps=4, smoke=True, cost_steps=1)
-    teacher, ids, results = tiny_llama().eval(), torch.arange(300) % 250, {}
-    for arm in ("ptq", "qat-full", "qat-lora"):
+    options = argparse.Namespace(batch=2, context=16, steps=4, smoke=True, cost_steps=1, device=device)
+    teacher, ids, results = tiny_llama().eval().to(device), torch.arange(300) % 250, {}
+    for arm in ("zero-step", "ptq-gptq", "qat-full", "qat-lora"):
         model = prepared(copy.deepcopy(teacher), arm, SMOKE_SCHEME)
-        if arm != "ptq":
+        if is_trained(arm):
             train(model, options.steps, 1e-3, language_losses(model, teacher, ids, options, arm, 0))
-        model = converted(model, arm, SMOKE_SCHEME)
+        model = converted(model, arm, SMOKE_SCHEME, lambda: [{"input_ids": ids[:32].unsqueeze(0)}])
         results[arm] = compare_models(teacher, {arm: model}, ids[:64], context=32, progress=False)[arm].mean_kl
     return results | {"cost": run_cost(options, "qat-full", 0, 0.0, "test")}
 
@@ -364,7 +409,9 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--encoder-batch", type=int, default=32)
     parser.add_argument("--cost-steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of one run")
+    parser.add_argument("--jobs", type=int, default=1, help="how many runs at a time")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model, in seconds")
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write the results here too")
@@ -375,28 +422,25 @@ def arguments(given: list[str]) -> argparse.Namespace:
 
 def main(given: list[str] | None = None) -> dict[str, Any]:
     options = arguments(sys.argv[1:] if given is None else given)
-    torch.set_num_threads(options.threads)
-    if options.smoke and not options.run:
-        return smoke()
-    options.results.mkdir(parents=True, exist_ok=True)
+    if options.smoke:
+        return smoke(options.device)
     if options.run:
-        inner = dict(options.run)
-        results = TASKS[inner.pop("task")](options, **inner) | inner | machine()
-    elif options.task == "cost":
-        results = machine() | {"rows": cost_rows(options)}
-    else:
-        arms = LANGUAGE_ARMS if options.task == "language" else ENCODER_ARMS
-        measure = "mean_kl" if options.task == "language" else "spearman"
-        chosen = tuple(arm for arm in arms if not options.arms or arm in options.arms)
-        results = machine() | {"rows": recovery_rows(options, options.task, chosen, measure)}
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
-    if not options.run:
-        from quality import table
+        torch.set_num_threads(options.threads)
+        found = run_here(options, *options.run)
+        options.json.write_text(json.dumps(found) + "\n")
+        return found
+    from quality import finish, machine
 
-        for key, value in results.items():
-            print("\n" + table(value) if isinstance(value, list) else f"{key}: {value}")
-    return results
+    if options.task == "cost":
+        rows = cost_rows(options)
+    else:
+        known = LANGUAGE_ARMS if options.task == "language" else ENCODER_ARMS
+        chosen = [arm for arm in known if not options.arms or arm in options.arms]
+        if options.task == "encoder" and "float" in chosen:  # all others start from what it leaves
+            recovery_rows(options, "encoder", ["float"], "spearman")
+        rows = recovery_rows(options, options.task, chosen, "mean_kl" if options.task == "language" else "spearman")
+    command = "python benchmarks/qat.py " + " ".join(Path(word).name for word in options.given)
+    return finish(machine(options.device) | {"command": command, "rows": rows}, options.json)
 
 
 if __name__ == "__main__":

@@ -65,9 +65,10 @@ CALIBRATION_WINDOWS = 32
 """Windows of 512 tokens, from the part of the text that is not judged."""
 
 
-def machine() -> dict[str, str]:
+def machine(device: str = "cpu") -> dict[str, str]:
+    described = f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": described if device == "cpu" else f"{described}, {torch.cuda.get_device_name(device)}",
         "versions": f"hfquant {hfquant.__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}",
         "command": "python benchmarks/quality.py " + " ".join(Path(a).name if "/" in a else a for a in sys.argv[1:]),

@@ -87,17 +87,22 @@ def compare_models(
 
 
 def token_log_probabilities(model: nn.Module, window: Tensor) -> Tensor:
-    """Log probabilities ``[T - 1, V]``, float32, that ``model`` gives each token of ``window [1, T]`` but the first."""
-    return torch.log_softmax(model(window.to(_device(model))).logits[0, :-1].float(), dim=-1).cpu()
+    """Log probabilities ``[T - 1, V]``, float32, that ``model`` gives each token of ``window [1, T]`` but the first.
+
+    They stay on the model's device.
+    """
+    return torch.log_softmax(model(window.to(_device(model))).logits[0, :-1].float(), dim=-1)
 
 
 def sequence_loss(log_probabilities: Tensor, window: Tensor) -> float:
     """Sum of the negative log likelihoods in nats of ``window [1, T]`` after its first token."""
-    return -float(log_probabilities.gather(-1, window[0, 1:].unsqueeze(-1)).double().sum())
+    following = window[0, 1:].unsqueeze(-1).to(log_probabilities.device)
+    return -float(log_probabilities.gather(-1, following).double().sum())
 
 
 def _measure(reference: Tensor, ours: Tensor, window: Tensor) -> Tensor:
     """Negative log likelihood, divergence and equal top tokens, summed over the window: ``[3]``, float64."""
+    reference = reference.to(ours.device)
     parts = zip(reference.split(ROWS_AT_A_TIME), ours.split(ROWS_AT_A_TIME), strict=True)
     divergence = sum(float(log_probability_kl(theirs, mine).double().sum()) for theirs, mine in parts)
     same = int((reference.argmax(-1) == ours.argmax(-1)).sum())

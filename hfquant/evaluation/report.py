@@ -37,7 +37,8 @@ def measure_quality(
     for window in tqdm(list(windows(token_ids, context)), desc="Measuring", unit="window", disable=not progress):
         theirs, ours = token_log_probabilities(reference, window), token_log_probabilities(model, window)
         losses += torch.tensor([sequence_loss(theirs, window), sequence_loss(ours, window)], dtype=torch.float64)
-        divergences.append(log_probability_kl(theirs, ours))
+        theirs = theirs.to(ours.device)
+        divergences.append(log_probability_kl(theirs, ours).cpu())
         same += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
     divergence = torch.cat(divergences)
     count = divergence.numel()
