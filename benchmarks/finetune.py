@@ -60,14 +60,11 @@ SCHEME = {"quantization_bits": 4, "quantization_type": "weight_only", "group_siz
 RANK = 16
 
 ARMS = ("head", "lora", "lora-signround", "nf4", "side", "scales", "grid")
-RATES = {
-    "head": (1e-3, 3e-3, 1e-2),
-    "lora": (5e-4, 1e-3, 2e-3),
+ADAPTER_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES = dict.fromkeys(("lora", "nf4", "side", "grid"), ADAPTER_RATES) | {
+    "head": (3e-4, 1e-3, 3e-3, 1e-2),
+    "scales": (1e-3, 3e-3, 1e-2, 3e-2),
     "lora-signround": (0.0,),
-    "nf4": (5e-4, 1e-3, 2e-3),
-    "side": (5e-4, 1e-3, 2e-3),
-    "scales": (1e-3, 3e-3, 1e-2),
-    "grid": (5e-4, 1e-3, 2e-3),
 }
 """Learning rates that are tried: of adapters, and of the head beside them."""
 HEADS = ("classifier", "pooler")
