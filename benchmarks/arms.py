@@ -1,4 +1,4 @@
-"""A long benchmark as many small runs: each in a process of its own, several at a time, its result in a file."""
+"""A long benchmark as many small runs: in other processes, several at a time, each result in a file."""
 
 import json
 import multiprocessing
@@ -11,22 +11,20 @@ from typing import Any
 import torch
 
 
-PRELOADED = ["torch", "transformers.models.llama.modeling_llama", "transformers.models.bert.modeling_bert"]
-"""Imported once, in the process that all runs are forked from."""
-# That process must not touch a GPU, or its children could not; looking for one through NVML does not.
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-
 Call = tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]
 
 
-def results(folder: Path, calls: dict[str, Call], *, jobs: int = 1, threads: int = 1) -> list[dict[str, Any]]:
-    """The results of ``calls`` in their order: from ``folder/NAME.json``, or from a new process that writes it.
+def results(
+    folder: Path, calls: dict[str, Call], *, jobs: int = 1, threads: int = 1, reuse: bool = False
+) -> list[dict[str, Any]]:
+    """The results of ``calls`` in their order: from ``folder/NAME.json``, or from another process that writes it.
 
     Args:
         folder: Where results stay: the command can be interrupted and given again.
         calls: Function and arguments of each run by its name; the function must be importable by its name.
         jobs: How many run at a time.
         threads: Of torch, in each.
+        reuse: Let a process do one run after another: what a GPU needs to start takes longer than a short run.
 
     Raises:
         RuntimeError: If a run failed; the others have ended and are kept.
@@ -34,9 +32,8 @@ def results(folder: Path, calls: dict[str, Call], *, jobs: int = 1, threads: int
     folder.mkdir(parents=True, exist_ok=True)
     missing = {name: call for name, call in calls.items() if not (folder / f"{name}.json").is_file()}
     if missing:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        with ProcessPoolExecutor(min(jobs, len(missing)), mp_context=context, max_tasks_per_child=1) as pool:
+        settings = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": None if reuse else 1}
+        with ProcessPoolExecutor(min(jobs, len(missing)), **settings) as pool:
             running = {pool.submit(_kept, folder, name, threads, call): name for name, call in missing.items()}
             _wait(running)
     return [json.loads((folder / f"{name}.json").read_text()) for name in calls]

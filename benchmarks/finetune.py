@@ -366,7 +366,7 @@ def runs(options: argparse.Namespace, wanted: list[tuple[str, int, tuple[float, 
     from arms import results
 
     calls = {f"{options.task}-{arm}-s{seed}": (run_here, (options, arm, seed, rates)) for arm, seed, rates in wanted}
-    return results(options.results, calls, jobs=options.jobs, threads=options.threads)
+    return results(options.results, calls, jobs=options.jobs, threads=options.threads, reuse=options.device != "cpu")
 
 
 def found_of(options: argparse.Namespace, chosen: list[str]) -> dict[str, list[dict[str, Any]]]:

@@ -313,7 +313,7 @@ def runs(options: argparse.Namespace, task: str, wanted: list[tuple[str, int, fl
         name = f"{task}-{arm}-s{seed}" + (f"-lr{rate:g}" if rate else "") + ("-tune" if part == "tune" else "")
         python = options.torchao_python if arm.startswith("torchao") else None
         calls[name] = (run_elsewhere if python else run_here, (options, task, arm, seed, rate, part))
-    return results(options.results, calls, jobs=options.jobs, threads=options.threads)
+    return results(options.results, calls, jobs=options.jobs, threads=options.threads, reuse=options.device != "cpu")
 
 
 def run_here(options: argparse.Namespace, task: str, arm: str, seed: int, rate: float, part: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The benchmarks run, at smoke size."""
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -66,6 +67,19 @@ def test_kernels_at_smoke_size(capsys: pytest.CaptureFixture[str]) -> None:
     rows = kernels.main(["--smoke"])
     assert {row["op"] for row in rows} == set(kernels.CASES)
     assert "max error" in capsys.readouterr().out
+
+
+def test_runs_are_kept_and_failures_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS))
+    results = importlib.import_module("arms").results
+    calls = {"a": (dict, ([("x", 1)],)), "b": (dict, ([("x", 2)],))}
+    assert results(tmp_path, calls, jobs=2, reuse=True) == [{"x": 1}, {"x": 2}]
+    (tmp_path / "a.json").write_text('{"x": 5}')
+    assert results(tmp_path, calls) == [{"x": 5}, {"x": 2}]
+    with pytest.raises(RuntimeError, match="failed: c"):
+        results(tmp_path, {"c": (dict, (3,)), "d": (dict, ())})
+    assert (tmp_path / "d.json").is_file()
 
 
 def test_qat_at_smoke_size(monkeypatch: pytest.MonkeyPatch) -> None:
