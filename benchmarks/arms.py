@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import platform
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -54,6 +55,7 @@ def _kept(folder: Path, name: str, threads: int, call: Call) -> None:
     torch.set_num_threads(threads)
     function, arguments = call
     found = function(*arguments)
+    found |= {"computed_on": torch.cuda.get_device_name() if torch.cuda.is_initialized() else platform.machine()}
     unfinished = folder / f"{name}.json.{os.getpid()}"
     unfinished.write_text(json.dumps(found, indent=2) + "\n")
     unfinished.replace(folder / f"{name}.json")

@@ -66,7 +66,7 @@ RATES = dict.fromkeys(("lora", "nf4", "side", "grid"), ADAPTER_RATES) | {
     "scales": (1e-3, 3e-3, 1e-2, 3e-2),
     "lora-signround": (0.0,),
 }
-"""Learning rates that are tried: of adapters, and of the head beside them."""
+"""Learning rates that are tried, of adapters and of the head beside them; the language model takes the three larger."""
 HEADS = ("classifier", "pooler")
 """Of an encoder: float, and trained in every arm."""
 
@@ -375,7 +375,8 @@ def found_of(options: argparse.Namespace, chosen: list[str]) -> dict[str, list[d
 
     results(options.results, {f"{options.task}-base": (write_base, (options,))}, threads=options.threads)
     trained, first, others = [arm for arm in chosen if arm != "lora-signround"], options.seeds[0], options.seeds[1:]
-    tuned = dict(zip(trained, runs(options, [(arm, first, RATES[arm]) for arm in trained]), strict=True))
+    rates = {arm: RATES[arm][options.task == "language" :] for arm in trained}
+    tuned = dict(zip(trained, runs(options, [(arm, first, rates[arm]) for arm in trained]), strict=True))
     runs(options, [(arm, seed, (tuned[arm]["rate"],)) for seed in others for arm in trained])
     rates = {arm: (result["rate"],) for arm, result in tuned.items()} | {"lora-signround": (0.0,)}
     return {arm: runs(options, [(arm, seed, rates[arm]) for seed in options.seeds]) for arm in chosen}
@@ -423,7 +424,7 @@ def smoke(given: list[str]) -> dict[str, Any]:
             options.results = Path(folder)
             task = kind(options)
             arms = [arm for arm in ARMS if (name, arm) != ("language", "head")]
-            found = {arm: [run_arm(task, options, arm, 0, RATES[arm][-1:])] for arm in arms}
+            found = {arm: [run_arm(task, options, arm, 0, RATES[arm][-1:]) | {"computed_on": ""}] for arm in arms}
             tables[name] = tables_of(found, name)
     return tables
 
@@ -442,6 +443,7 @@ def rows_of(arm: str, results: list[dict[str, Any]], measure: str) -> list[dict[
         if kind == "merged" and "codes_changed" in results[0]:
             row["codes_changed_percent"] = 100 * statistics.fmean(result["codes_changed"] for result in results)
         row["train_seconds"] = statistics.median(result["train_seconds"] for result in results)
+        row["computed_on"] = ", ".join(sorted({result["computed_on"] for result in results}))
         rows.append(row)
     return rows
 

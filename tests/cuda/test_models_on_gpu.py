@@ -25,7 +25,7 @@ from hfquant.nn.swap import packed_modules
 from hfquant.numerics.metrics import sqnr_db
 from hfquant.qat.prepare import fake_quant_modules
 from tests.support.tiny_models import TINY, build
-from tests.support.tolerance import NATIVE_SQNR_DB
+from tests.support.tolerance import NATIVE_SQNR_DB, SAME_VALUES
 from tests.support.training import config, examples
 
 
@@ -205,7 +205,8 @@ def test_trainer(options: dict[str, Any], half: bool, tmp_path: Path) -> None:
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     mine, theirs = trainer.model.state_dict(), again.model.state_dict()
     assert mine.keys() == theirs.keys()
-    assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
+    # Sums by atomics, as in the gradient of an embedding, come out in another order now and then.
+    assert all(torch.allclose(value.float(), theirs[key].float(), **SAME_VALUES) for key, value in mine.items())
 
 
 def test_memory_of_a_packed_model() -> None:
