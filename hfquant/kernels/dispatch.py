@@ -111,12 +111,13 @@ def register_native(op: str, supports: Callable[..., bool]) -> None:
     )
 
 
-def register_triton(op: str, refuses: Callable[..., str | None] | None = None) -> None:
+def register_triton(op: str, refuses: Callable[..., str | None] | None = None, *, quiet: bool = False) -> None:
     """Let ``<op>_triton`` in ``hfquant/kernels/<op>/triton.py`` compute ``op`` on CUDA devices.
 
     Args:
         op: Name of the op and of its folder.
         refuses: Why the kernel cannot take these arguments of the op, or ``None``.
+        quiet: Whether the reference computes what the kernel does not, without a warning.
     """
 
     @functools.cache
@@ -127,7 +128,7 @@ def register_triton(op: str, refuses: Callable[..., str | None] | None = None) -
         return function
 
     register_implementation(
-        op, "cuda", Implementation("triton", load, triton_unavailable, refuses or (lambda *_: None))
+        op, "cuda", Implementation("triton", load, triton_unavailable, refuses or (lambda *_: None), quiet=quiet)
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hfquant.kernels.dispatch import define_op, register_autograd
+from hfquant.kernels.dispatch import define_op, register_autograd, register_triton
 from hfquant.kernels.fake_quant_linear.reference import (
     fake_quant_linear_backward_reference,
     fake_quant_linear_reference,
@@ -86,6 +86,20 @@ define_op(
     reference=fake_quant_linear_backward_reference,
     fake=_fake_backward,
 )
+
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _refuses(x: Tensor, weight: Tensor, input_scale: Tensor | None, dynamic: bool, blend: float) -> str | None:
+    if dynamic or input_scale is not None:
+        return "activations are quantized"
+    if blend != 1.0:
+        return "values are blended with float ones"
+    return None if {x.dtype, weight.dtype} <= set(_KERNEL_DTYPES) else f"{x.dtype} and {weight.dtype}"
+
+
+register_triton("fake_quant_linear", lambda *a: _refuses(a[0], a[1], a[9], a[12], a[15]), quiet=True)
+register_triton("fake_quant_linear_backward", lambda *a: _refuses(a[1], a[2], a[8], a[10], a[13]), quiet=True)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

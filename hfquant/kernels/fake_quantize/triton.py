@@ -76,10 +76,12 @@ def _launch(kernel: Any, pointers: list[Tensor | None], groups: int, size: int, 
         )
 
 
-def fake_quantize_triton(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
-    """See ``hfquant.kernels.fake_quantize.fake_quantize``."""
+def fake_quantize_triton(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """See ``hfquant.kernels.fake_quantize.fake_quantize``; ``dtype`` is that of the result, ``None`` that of ``x``."""
     x, scale = x.contiguous(), scale.contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=dtype)
     if x.numel():
         zero = None if zero_point is None else zero_point.contiguous()
         _launch(fake_quantize_kernel, [x, scale, zero, out], scale.numel(), x.numel() // scale.numel(), bits)
@@ -87,11 +89,11 @@ def fake_quantize_triton(x: Tensor, scale: Tensor, zero_point: Tensor | None, bi
 
 
 def fake_quantize_backward_triton(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x`` and ``scale``; see ``hfquant.kernels.fake_quantize.fake_quantize``."""
+    """Gradients of ``x``, in ``dtype`` (``None``: that of ``x``), and of ``scale``; see ``fake_quantize``."""
     x, scale = x.contiguous(), scale.contiguous()
-    grad_x, grad_scale = torch.empty_like(x), torch.zeros_like(scale)
+    grad_x, grad_scale = torch.empty_like(x, dtype=dtype), torch.zeros_like(scale)
     if x.numel():
         zero = None if zero_point is None else zero_point.contiguous()
         pointers = [grad.contiguous(), x, scale, zero, grad_x, grad_scale]

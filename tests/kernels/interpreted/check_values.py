@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hfquant.kernels.dequantize.reference import dequantize_reference
 from hfquant.kernels.dequantize.triton import dequantize_triton
+from hfquant.kernels.fake_quant_linear import reference as layer_reference, triton as layer_triton
 from hfquant.kernels.fake_quantize import reference as fake_reference, triton as fake_triton
 from hfquant.kernels.grid.triton import probe
 from hfquant.kernels.grid_weight import reference as grid_reference, triton as grid_triton
@@ -22,7 +23,7 @@ from hfquant.kernels.quantize_rows.triton import quantize_rows_triton
 from hfquant.numerics import affine
 from hfquant.numerics.packing import pack
 from tests.support.linear_case import DTYPES, LinearCase
-from tests.support.tolerance import GRADIENT_FACTOR, assert_close
+from tests.support.tolerance import GRADIENT_FACTOR, SAME_VALUES, assert_close
 from tests.support.triton_interpreter import narrow, widen
 
 
@@ -125,6 +126,25 @@ def test_fake_quantize(shape: tuple[int, int], group: int, bits: int, dtype: tor
         expected_x, plain = fake_reference.fake_quantize_backward_reference(grad, clean, scale, zero, bits)
         assert torch.equal(grad_x, expected_x)
         assert_close(grad_scale, exact_sum(grad, clean, scale, zero, bits), plain, factor=GRADIENT_FACTOR)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_layer_of_training(bits: int, adapted: bool, dtype: torch.dtype) -> None:
+    weight, scale, zero_point = values_and_scales((6, 64), 16, bits, torch.float32)
+    lora = (torch.randn(2, 64) / 9, torch.randn(6, 2) / 9) if adapted else (None, None)
+    x, grad, bias = torch.randn(2, 3, 64).to(dtype), torch.randn(2, 3, 6).to(dtype), torch.randn(6)
+    for zero in (None, zero_point):
+        grid = (weight, torch.zeros_like(scale), scale, zero, None, *lora)
+        arguments = (x, *grid, None, None, bias, 0.5, False, False, bits, 1.0)
+        expected = layer_reference.fake_quant_linear_reference(*arguments)
+        assert torch.equal(layer_triton.fake_quant_linear_triton(*arguments), expected)
+        arguments = (grad, x, weight, scale, zero, None, *lora, None, 0.5, False, False, bits, 1.0, True, True)
+        found = layer_triton.fake_quant_linear_backward_triton(*arguments)
+        for mine, plain in zip(found, layer_reference.fake_quant_linear_backward_reference(*arguments), strict=True):
+            assert mine.dtype == plain.dtype
+            torch.testing.assert_close(mine, plain, **SAME_VALUES)
 
 
 def exact_sum(grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
