@@ -158,6 +158,7 @@ def specification(name: str, source: Path, options: argparse.Namespace) -> tuple
     vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
     spec: dict[str, Any] = {"engine": "transformers", "compile": compiled, "threads": options.threads}
     spec |= {"vocabulary": vocabulary, "tasks": tasks(name, options), "path": str(source)}
+    spec["onnx"] = str(options.work / options.model / "onnx")
     python = sys.executable
     if plain in ("float32", "bfloat16"):
         spec["dtype"] = plain

@@ -2,8 +2,8 @@
 
 It runs in the interpreter of any environment and needs of it only what its engine needs. The argument is a JSON object:
 ``engine`` (transformers, torchao, bitsandbytes, llama.cpp, vllm, onnxruntime), ``path``, ``dtype``, ``compile``,
-``threads``, ``vocabulary`` and ``tasks``. It prints ``{"ready": ...}`` and then, for each line it reads, an object of
-seconds by task:
+``threads``, ``vocabulary``, ``tasks`` and ``onnx``, a folder for exports. It prints ``{"ready": ...}`` and then, for each
+line it reads, an object of seconds by task:
 
     decode       median over the tokens of one greedy continuation, each a forward of one token and its argmax
     prefill      a forward of many tokens, logits of the last one
@@ -160,7 +160,7 @@ class OnnxRuntime:
     """An encoder, exported to ONNX and quantized by ONNX Runtime's ``quantize_dynamic``, all in this process."""
 
     def __init__(self, spec):
-        """Export what is not yet beside the model, and open it."""
+        """Export and quantize once, and open what came out."""
         import numpy
         import onnxruntime
         import torch
@@ -168,7 +168,8 @@ class OnnxRuntime:
         from transformers import AutoModel
 
         self.numpy, self.vocabulary = numpy, spec["vocabulary"]
-        file, small = spec["path"] + "/model.onnx", spec["path"] + "/model-int8.onnx"
+        os.makedirs(spec["onnx"], exist_ok=True)
+        file, small = spec["onnx"] + "/model.onnx", spec["onnx"] + "/model-int8.onnx"
         if not os.path.exists(small):
             model = AutoModel.from_pretrained(spec["path"], attn_implementation="eager").eval()
             model.config.return_dict = False
