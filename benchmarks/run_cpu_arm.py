@@ -2,8 +2,8 @@
 
 It runs in the interpreter of any environment and needs of it only what its engine needs. The argument is a JSON object:
 ``engine`` (transformers, torchao, bitsandbytes, llama.cpp, vllm, onnxruntime), ``path``, ``dtype``, ``compile``,
-``threads``, ``vocabulary``, ``tasks`` and ``onnx``, a folder for exports. It prints ``{"ready": ...}`` and then, for each
-line it reads, an object of seconds by task:
+``threads``, ``vocabulary``, ``tasks`` and ``onnx``, a folder for exports. It prints ``{"ready": ...}`` and then, for
+each line it reads, an object of seconds by task:
 
     decode       median over the tokens of one greedy continuation, each a forward of one token and its argmax
     prefill      a forward of many tokens, logits of the last one
