@@ -13,17 +13,18 @@ struct Lanes {
   int32_t index[MAX_IN_FEATURES / 4 + V::LANES];
   int32_t first[MAX_IN_FEATURES / V::BYTES + 1];
   int32_t count[MAX_IN_FEATURES / V::BYTES + 1];
-  // Where whole chunks have 1, 2 or 4 scales each: how many, and the bytes that a lane takes from them; else 0.
-  int even;
+  // Where whole chunks have 1, 2 or 4 scales: four are read from `at`, `drop` bits are shifted out, and lanes take `bytes`.
+  bool even;
+  int32_t at[MAX_IN_FEATURES / V::BYTES + 1], drop[MAX_IN_FEATURES / V::BYTES + 1];
   alignas(64) uint8_t bytes[V::BYTES];
 
   void fill(const Weight& w) {
     const int64_t group = w.in_features / w.groups, width = 32 / w.bits;
     const int64_t chunk = width * V::LANES, chunks = (w.in_features + chunk - 1) / chunk;
-    even = w.groups == 1 || group % chunk == 0 ? 1 : chunk % group == 0 ? int(chunk / group) : 0;
-    if (even > 4 || even == 3 || !V::SHUFFLES) even = 0;
+    const int scales = group % chunk == 0 ? 1 : chunk % group == 0 ? int(chunk / group) : 0;
+    even = V::SHUFFLES && w.groups >= 4 && (scales == 1 || scales == 2 || scales == 4);
     for (int i = 0; i < V::BYTES; i++)
-      bytes[i] = i % 4 < 2 ? 0x80 : uint8_t(i / 4 * even / V::LANES * 2 + i % 2);  // a bfloat16 is the upper half
+      bytes[i] = i % 4 < 2 ? 0x80 : uint8_t(i / 4 * scales / V::LANES * 2 + i % 2);  // a bfloat16 is the upper half
     int64_t g = 0, end = group;
     for (int64_t c = 0; c < chunks; c++)
       for (int lane = 0; lane < V::LANES; lane++) {
@@ -31,19 +32,19 @@ struct Lanes {
         if (lane == 0) first[c] = int32_t(g);
         index[c * V::LANES + lane] = int32_t(g) - first[c];
         count[c] = int32_t(g) - first[c] + 1;
+        at[c] = first[c] + 4 <= w.groups ? first[c] : int32_t(w.groups) - 4;
+        drop[c] = (first[c] - at[c]) * 16;
       }
   }
 };
 
 // Scales of the lanes of a chunk.
-template <bool WHOLE>
+template <bool EVEN>
 INLINE V::F scales_of(const uint16_t* row, const Lanes& lanes, int64_t c, V::I bytes) {
-  const uint16_t* p = row + lanes.first[c];
-  if (!WHOLE || lanes.even == 0) return V::scales(p, lanes.count[c], lanes.index + c * V::LANES);
-  if (lanes.even == 1) return V::setf(float_of(uint32_t(*p) << 16));
-  uint64_t four = 0;
-  memcpy(&four, p, lanes.even == 4 ? 8 : 4);
-  return V::shuffle(four, bytes);
+  if (!EVEN) return V::scales(row + lanes.first[c], lanes.count[c], lanes.index + c * V::LANES);
+  uint64_t four;
+  memcpy(&four, row + lanes.at[c], 8);
+  return V::shuffle(four >> lanes.drop[c], bytes);
 }
 
 // One byte for each zero point of a row.
@@ -75,7 +76,7 @@ struct FewRows {
   V::I total[M][R], weights[R];
   V::F value[M][R];
 
-  template <bool WHOLE>
+  template <bool WHOLE, bool EVEN>
   INLINE void step(int64_t c, const Lanes* lanes, V::I bytes) {
     constexpr int CHUNK = V::BYTES * 8 / BITS;
     V::I low[R], high[R], zero[R];
@@ -92,7 +93,7 @@ struct FewRows {
         if (BITS == 4) V::dot(weights[r], high[r], V::set(0x01010101));
       }
       if (MODE == CHANNEL) continue;
-      scale[r] = scales_of<WHOLE>(scales[r], *lanes, c, bytes);
+      scale[r] = scales_of<EVEN>(scales[r], *lanes, c, bytes);
       if (MODE == GROUP_ZERO) zero[r] = V::zeros(zeros[r] + lanes->first[c], lanes->count[c], lanes->index + c * V::LANES);
       if (SHIFT) {
         const V::I start = V::load(ones + c * V::LANES);
@@ -160,9 +161,13 @@ struct FewRows {
       }
     for (int r = 0; r < R; r++) weights[r] = V::zero();
     const int64_t whole = w.row_bytes / V::BYTES;
-    const V::I bytes = MODE == CHANNEL ? V::zero() : V::load(lanes->bytes);
-    for (int64_t c = 0; c < whole; c++) step<true>(c, lanes, bytes);
-    if (whole < chunks) step<false>(whole, lanes, bytes);
+    const bool even = MODE != CHANNEL && lanes->even;
+    const V::I bytes = even ? V::load(lanes->bytes) : V::zero();
+    if (even)
+      for (int64_t c = 0; c < whole; c++) step<true, true>(c, lanes, bytes);
+    else
+      for (int64_t c = 0; c < whole; c++) step<true, false>(c, lanes, bytes);
+    if (whole < chunks) step<false, false>(whole, lanes, bytes);
   }
 };
 
