@@ -59,7 +59,7 @@ def extensions() -> list[Extension]:
             "hfquant.kernels._cpu",
             SOURCES,
             depends=HEADERS,
-            extra_compile_args=[*FLAGS, *(["-O1", "-g", *SANITIZE] if KIND == "asan" else ["-O3", "-g0"])],
+            extra_compile_args=[*FLAGS, *(["-O1", "-g1", *SANITIZE] if KIND == "asan" else ["-O3", "-g0"])],
             extra_link_args=SANITIZE if KIND == "asan" else ["-Wl,-s"] if platform.system() == "Linux" else [],
             libraries=["dl"] if platform.system() == "Linux" else [],
             language="c++",

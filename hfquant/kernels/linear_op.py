@@ -107,25 +107,58 @@ def _with_short_cut(name: str, bits: int) -> Callable[..., Tensor]:
         asymmetric: bool = False,
     ) -> Tensor:
         trains = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        fits = native.is_active() and _is_native(x, weight, weight_scale, weight_zero_point, bias, bits)
         # An exported program has to run on machines without the native library, and with gradients.
-        chosen = native_op if fits and not trains and not torch.compiler.is_exporting() else op
+        if trains or torch.compiler.is_exporting():
+            chosen = op
+        else:
+            fits = native.is_active() and _is_native(x, weight, weight_scale, weight_zero_point, bias, bits)
+            chosen = native_op if fits else op
         out: Tensor = chosen(x, weight, weight_scale, weight_zero_point, input_scale, bias, dynamic, asymmetric)
         return out
 
     return call
 
 
+class ShortCut:
+    """The native op for a layer whose packed tensors fit each other, as those of every packed module do.
+
+    Attributes:
+        op: The native op; the arguments of this page, all of them, by position.
+    """
+
+    def __init__(self, name: str, *, bits: int) -> None:
+        """Takes the op ``name``, which is defined, on codes of ``bits``."""
+        self.op: Any = getattr(torch.ops.hfquant, f"{name}_cpu").default
+        self._width = 32 // bits
+
+    def takes(self, x: Tensor, weight: Tensor | None, weight_scale: Tensor | None, bias: Tensor | None) -> bool:
+        """Whether the op computes ``x [..., K]``: not where gradients, autocast or a compiler have to see more."""
+        if weight is None or weight_scale is None or not (x.is_cpu and weight.is_cpu) or torch.compiler.is_compiling():
+            return False
+        inputs, groups = x.size(-1), weight_scale.size(-1)
+        return (
+            native.is_active()
+            and x.dtype in native.FLOATS
+            and 0 < inputs <= native.MAX_IN_FEATURES
+            and (groups == 1 or inputs % (groups * self._width) == 0)
+            and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+            and not torch.is_autocast_enabled("cpu")
+            and (bias is None or bias.dtype in native.FLOATS)
+            and weight.is_contiguous()
+            and weight_scale.is_contiguous()
+        )
+
+
 def _is_native(
     x: Tensor, weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, bits: int
 ) -> bool:
     """Whether the native kernels take these tensors; groups must fill whole lanes of a vector, 4 bytes of codes."""
-    inputs, groups = x.shape[-1], weight_scale.shape[-1]
+    inputs, groups = x.size(-1), weight_scale.size(-1)
     return (
-        x.dtype in native.FLOATS
-        and x.device.type == "cpu"
+        x.is_cpu
+        and x.dtype in native.FLOATS
         and 0 < inputs <= native.MAX_IN_FEATURES
-        and packed_length(inputs, bits) == weight.shape[-1]
+        and packed_length(inputs, bits) == weight.size(-1)
         and (groups == 1 or inputs % (groups * 32 // bits) == 0)
         and weight.is_contiguous()
         and weight_scale.is_contiguous()

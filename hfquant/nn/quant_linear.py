@@ -6,12 +6,15 @@ from torch import Tensor, nn
 
 from hfquant.kernels.int4_linear import int4_linear
 from hfquant.kernels.int8_linear import int8_linear
+from hfquant.kernels.linear_op import ShortCut
 from hfquant.nn.packed_module import FloatWeight, PackedModule, autocast_input
 
 
 LINEAR_OPS: dict[int, Callable[..., Tensor]] = {4: int4_linear, 8: int8_linear}
 """The linear op for each number of bits."""
 
+SHORT_CUTS = {4: ShortCut("int4_linear", bits=4), 8: ShortCut("int8_linear", bits=8)}
+"""The same op without checks that a packed module has made already."""
 
 SAME_FORMULA = ("FalconLinear",)
 """Subclasses of ``nn.Linear`` in Transformers that compute the very same."""
@@ -48,5 +51,25 @@ class QuantLinear(PackedModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x [..., K]``; returns ``[..., N]`` in its dtype, or autocast's."""
-        op, x = LINEAR_OPS[self.scheme.weight.bits], autocast_input(x)
-        return op(x, *self.packed(), bias=self.bias, **self.activation_arguments(x))
+        get, activation = self._parameters.get, self.scheme.activation
+        short_cut, bias = SHORT_CUTS[self.scheme.weight.bits], get("bias")
+        # Small layers take less time than a few properties and keyword arguments in Python, so decoding asks once.
+        if (
+            self.input_observer is None
+            and x.size(-1) == self.float_weights["weight"].shape[1]
+            and short_cut.takes(x, get("weight"), get("weight_scale"), bias)
+        ):
+            dynamic = activation is not None and activation.dynamic
+            out: Tensor = short_cut.op(
+                x,
+                get("weight"),
+                get("weight_scale"),
+                get("weight_zero_point"),
+                get("input_scale"),
+                bias,
+                dynamic,
+                dynamic and not activation.symmetric,  # type: ignore[union-attr]
+            )
+            return out
+        x = autocast_input(x)
+        return LINEAR_OPS[self.scheme.weight.bits](x, *self.packed(), bias=bias, **self.activation_arguments(x))

@@ -82,6 +82,18 @@ def test_runs_are_kept_and_failures_are_named(monkeypatch: pytest.MonkeyPatch, t
     assert (tmp_path / "d.json").is_file()
 
 
+def test_models_at_smoke_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    models, given = load("cpu_models"), ["--smoke", "--work", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    (part,) = models.main(given)["parts"].values()
+    rows = {(row["arm"], row["task"]): row for row in part["rows"]}
+    assert {arm for arm, _ in rows} == {"float32", "W8A8 static"}
+    assert all(row["ms"] > 0 for row in rows.values())
+    assert rows["float32", "prefill"]["times_float32"] == 1
+    monkeypatch.setattr(models, "started", None)  # a finished part is not measured again
+    assert models.main(given)["parts"].values()
+
+
 def test_qat_at_smoke_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location("qat", BENCHMARKS / "qat.py")

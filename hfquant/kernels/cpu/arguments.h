@@ -4,6 +4,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "kernels.h"
 #include "torch_abi.h"
@@ -27,6 +28,32 @@ Buffer<T> buffer(int64_t count) {
   if (!memory) throw std::bad_alloc();
   return Buffer<T>(memory);
 }
+
+// Pieces of memory for one call: from the stack while it lasts, because the heap costs more than a small layer.
+class Scratch {
+ public:
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t bytes = (count * int64_t(sizeof(T)) + 127) / 64 * 64;
+    if (used_ + bytes <= STACK) {
+      T* piece = reinterpret_cast<T*>(stack_ + used_);
+      used_ += bytes;
+      return piece;
+    }
+    heap_.push_back(buffer<char>(bytes));
+    return reinterpret_cast<T*>(heap_.back().get());
+  }
+
+ private:
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr int64_t STACK = 64;  // every piece on its own, so that the sanitizer sees where it ends
+#else
+  static constexpr int64_t STACK = 48 << 10;
+#endif
+  alignas(64) char stack_[STACK];
+  int64_t used_ = 0;
+  std::vector<Buffer<char>> heap_;
+};
 
 Float float_type(int32_t dtype) {
   if (dtype == torch.aoti_torch_dtype_float32()) return Float::f32;
@@ -79,6 +106,8 @@ class Rows {
   }
   int64_t length, count = 1;
   Float type() const { return type_; }
+  // Whether `read` needs no scratch.
+  bool is_dense() const { return type_ == Float::f32 && (strides_[dims_ - 1] == 1 || length <= 1); }
 
   // Row `m`; `scratch` has room for `length` floats and as many values of the type.
   const float* read(int64_t m, float* scratch) const {

@@ -14,7 +14,8 @@ namespace hfquant {
 #include "simd_avx2.h"
 #include "rows.h"
 #include "panel.h"
-#include "linear.h"
+#include "few_rows.h"
+#include "tiles.h"
 
 KERNEL_TABLE(hfquant_avx2, "avx2", 4)
 }  // namespace hfquant

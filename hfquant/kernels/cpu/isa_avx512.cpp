@@ -14,7 +14,8 @@ namespace hfquant {
 #include "simd_avx512.h"
 #include "rows.h"
 #include "panel.h"
-#include "linear.h"
+#include "few_rows.h"
+#include "tiles.h"
 
 KERNEL_TABLE(hfquant_avx512, "avx512", 8)
 }  // namespace hfquant

@@ -15,7 +15,8 @@ namespace hfquant {
 #include "simd_avx2.h"
 #include "rows.h"
 #include "panel.h"
-#include "linear.h"
+#include "few_rows.h"
+#include "tiles.h"
 
 KERNEL_TABLE(hfquant_avxvnni, "avxvnni", 4)
 }  // namespace hfquant

@@ -8,7 +8,8 @@ namespace hfquant {
 #include "simd_scalar.h"
 #include "rows.h"
 #include "panel.h"
-#include "linear.h"
+#include "few_rows.h"
+#include "tiles.h"
 
 KERNEL_TABLE(hfquant_scalar, "scalar", 4)
 }  // namespace hfquant

@@ -19,7 +19,7 @@ struct Weight {
 };
 
 // Activations as a kernel wants them; the caller owns the memory. `chunk` is what one vector of weights multiplies.
-//   few rows:  codes [M, planes, chunks, chunk], sums [M, planes, chunks, lanes]   (sums of 4 or 8 codes)
+//   few rows:  codes [M, planes, chunks, chunk], sums [M, parts, chunks, lanes]   (of 4 or 8 codes)
 //   tiles:     codes [tiles, planes, K / 4, tile, 4], sums [tiles, planes, segments, tile]
 // With a symmetric weight sums are multiplied by -2**(bits-1), so that an accumulator can start from them.
 // Quantized activations have one scale a row. Digits of float ones have one a chunk [M, chunks] or a segment
@@ -29,7 +29,7 @@ struct Activations {
   int planes;
   const int8_t* codes;
   const int32_t* sums;
-  const int32_t* row_sums;  // [M, planes]; few rows only
+  const int32_t* row_sums;  // [M]; few rows of one plane only
   const float* scale;
   // Codes of zero [M], or null for symmetric activations: every product takes them times the sum of the weights off.
   const int32_t* zeros;
@@ -64,7 +64,7 @@ struct Kernels {
                        int64_t padded, float* scales, float* zero);
   void (*to_float)(const void* x, Float type, int64_t count, float* out);
   void (*from_float)(const float* x, Float type, int64_t count, void* out);
-  // Fills codes, sums and row sums of one row for `few`, from `codes [planes, padded]` in natural order.
+  // Fills codes, sums and the row sum of one row for `few`, from `codes [planes, padded]` in natural order.
   void (*arrange_few)(const Weight&, int planes, const int8_t* natural, int64_t padded, int8_t* codes, int32_t* sums,
                       int32_t* row_sums);
   // The same for row `row` of a tile.
@@ -88,6 +88,10 @@ inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1)
 
 // Codes that one vector of weights holds.
 inline int64_t chunk_of(const Weight& w, int vector_bytes) { return int64_t(vector_bytes) * 8 / w.bits; }
+
+// Integers that the products of few rows with all digits need: one holds 8 * 15 * 128 * 65793 (INT4, three digits) or
+// 4 * 255 * 128 * 257 (INT8, two) of the lowest digit; INT8 with three keeps the first digit apart.
+constexpr int parts_of(int bits, int planes) { return bits == 8 && planes == 3 ? 2 : 1; }
 
 // Inputs of a row of tiles: whole words, so that INT4 has pairs of quads.
 inline int64_t panel_depth(const Weight& w) { return round_up(w.in_features, 8); }

@@ -19,13 +19,13 @@ struct LinearCall {
 };
 
 // What a row of ones has for sums; `natural [padded]` is overwritten.
-Buffer<int32_t> sums_of_ones(const Weight& w, int8_t* natural, int64_t padded, int64_t chunks, int64_t lanes) {
-  auto codes = buffer<int8_t>(chunks * chunk_of(w, kernels->vector_bytes));
-  auto sums = buffer<int32_t>(chunks * lanes);
+int32_t* sums_of_ones(const Weight& w, int8_t* natural, int64_t padded, int64_t chunks, int64_t lanes, Scratch& scratch) {
+  auto* codes = scratch.take<int8_t>(chunks * chunk_of(w, kernels->vector_bytes));
+  auto* sums = scratch.take<int32_t>(chunks * lanes);
   int32_t row_sum = 0;
   std::memset(natural, 0, padded);
   std::memset(natural, 1, w.in_features);
-  kernels->arrange_few(w, 1, natural, padded, codes.get(), sums.get(), &row_sum);
+  kernels->arrange_few(w, 1, natural, padded, codes, sums, &row_sum);
   return sums;
 }
 
@@ -33,27 +33,28 @@ void few_rows(const LinearCall& call, const Output& out) {
   const Weight& w = call.w;
   const int64_t rows = call.x.count, chunk = chunk_of(w, kernels->vector_bytes);
   const int64_t chunks = (w.in_features + chunk - 1) / chunk, lanes = kernels->vector_bytes / 4;
-  auto codes = buffer<int8_t>(rows * call.planes * chunks * chunk);
-  auto sums = buffer<int32_t>(rows * call.planes * chunks * lanes);
-  auto row_sums = buffer<int32_t>(rows * call.planes);
-  const int64_t steps = call.planes == 1 ? 1 : chunks;
-  auto scale = buffer<float>(rows * steps);
-  auto zeros = buffer<int32_t>(rows);
-  auto scratch = buffer<float>(2 * call.x.length);
-  auto natural = buffer<int8_t>(call.planes * call.padded());
+  const int64_t steps = call.planes == 1 ? 1 : chunks, row_codes = call.planes * chunks * chunk;
+  const int64_t row_lanes = parts_of(w.bits, call.planes) * chunks * lanes;
+  Scratch scratch;
+  auto* codes = scratch.take<int8_t>(rows * row_codes);
+  auto* sums = scratch.take<int32_t>(rows * row_lanes);
+  auto* row_sums = scratch.take<int32_t>(rows);
+  auto* scale = scratch.take<float>(rows * steps);
+  auto* zeros = scratch.take<int32_t>(rows);
+  auto* natural = scratch.take<int8_t>(call.planes * call.padded());
+  auto* dense = call.x.is_dense() ? nullptr : scratch.take<float>(2 * call.x.length);
   for (int64_t m = 0; m < rows; m++) {
     float zero = 0;
-    const float* x = call.x.read(m, scratch.get());
-    kernels->quantize_row(x, w.in_features, call.planes, chunk, call.given, natural.get(), call.padded(),
-                          scale.get() + m * steps, call.asymmetric ? &zero : nullptr);
+    kernels->quantize_row(call.x.read(m, dense), w.in_features, call.planes, chunk, call.given, natural, call.padded(),
+                          scale + m * steps, call.asymmetric ? &zero : nullptr);
     zeros[m] = int32_t(zero);
-    kernels->arrange_few(w, call.planes, natural.get(), call.padded(), codes.get() + m * call.planes * chunks * chunk,
-                         sums.get() + m * call.planes * chunks * lanes, row_sums.get() + m * call.planes);
+    kernels->arrange_few(w, call.planes, natural, call.padded(), codes + m * row_codes, sums + m * row_lanes,
+                         row_sums + m);
   }
-  Buffer<int32_t> ones;
-  if (call.asymmetric) ones = sums_of_ones(w, natural.get(), call.padded(), chunks, lanes);
-  const Activations a{rows,        call.planes, codes.get(), sums.get(), row_sums.get(),
-                      scale.get(), call.asymmetric ? zeros.get() : nullptr, ones.get()};
+  const bool ones = call.asymmetric && w.groups > 1;
+  const Activations a{rows,     call.planes, codes, sums,
+                      row_sums, scale,       call.asymmetric ? zeros : nullptr,
+                      ones ? sums_of_ones(w, natural, call.padded(), chunks, lanes, scratch) : nullptr};
   const int64_t blocks = (w.rows + BLOCK - 1) / BLOCK;
   // Less than this many bytes of weights for a thread cost more to hand over than to multiply.
   const int64_t grain = std::max<int64_t>(1, (64 << 10) / (w.row_bytes * BLOCK));

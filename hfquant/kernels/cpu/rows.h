@@ -186,23 +186,30 @@ INLINE int32_t sum_of(const int8_t* codes, int64_t count) {
 }
 
 void arrange_few(const Weight& w, int planes, const int8_t* natural, int64_t padded, int8_t* codes, int32_t* sums,
-                 int32_t* row_sums) {
+                 int32_t* row_sum) {
   const int64_t chunk = chunk_of(w, V::BYTES), chunks = (w.in_features + chunk - 1) / chunk;
-  const V::I ones = V::set(0x01010101), offsets = V::set(w.bits == 4 ? 0x08080808 : int32_t(0x80808080));
-  for (int p = 0; p < planes; p++, natural += padded) {
-    row_sums[p] = sum_of(natural, w.in_features);
-    for (int64_t c = 0; c < chunks; c++, codes += chunk, sums += V::LANES) {
+  const V::I factor = V::set(w.zero ? 0x01010101 : w.bits == 4 ? 0x08080808 : int32_t(0x80808080));
+  *row_sum = sum_of(natural, w.in_features);
+  for (int p = 0; p < planes; p++, natural += padded, codes += chunks * chunk)
+    for (int64_t c = 0; c < chunks; c++) {
       const int8_t* part = natural + c * chunk;
       if (w.bits == 4)
-        split_pairs(part, V::BYTES, codes, codes + V::BYTES);
+        split_pairs(part, V::BYTES, codes + c * chunk, codes + c * chunk + V::BYTES);
       else
-        memcpy(codes, part, V::BYTES);
-      if (w.groups == 1 && planes == 1) continue;
+        memcpy(codes + c * chunk, part, V::BYTES);
+    }
+  if (w.groups == 1 && planes == 1) return;
+  codes -= planes * chunks * chunk;
+  for (int part = 0; part < parts_of(w.bits, planes); part++)
+    for (int64_t c = 0; c < chunks; c++, sums += V::LANES) {
+      const int last = part == 0 && parts_of(w.bits, planes) == 2 ? 1 : planes;
       V::I sum = V::zero();
-      for (int64_t i = 0; i < chunk; i += V::BYTES) V::dot(sum, w.zero ? ones : offsets, V::load(codes + i));
+      for (int p = part; p < last; p++) {
+        sum = V::times256(sum);
+        for (int64_t i = 0; i < chunk; i += V::BYTES) V::dot(sum, factor, V::load(codes + (p * chunks + c) * chunk + i));
+      }
       V::store(sums, w.zero ? sum : V::sub(V::zero(), sum));
     }
-  }
 }
 
 template <int TILE>

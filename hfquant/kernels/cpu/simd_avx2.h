@@ -44,6 +44,7 @@ struct V {
   static INLINE I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static INLINE I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
   static INLINE I mul(I a, I b) { return _mm256_mullo_epi32(a, b); }
+  static INLINE I times256(I v) { return _mm256_slli_epi32(v, 8); }
   static INLINE int32_t total(I v) {
     __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
@@ -77,6 +78,11 @@ struct V {
     }
     const I bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
     return _mm256_permutevar8x32_ps(_mm256_castsi256_ps(bits), load(index));
+  }
+  static constexpr bool SHUFFLES = true;
+  // Bytes of eight that are chosen by `bytes`, as floats.
+  static INLINE F shuffle(uint64_t eight, I bytes) {
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_set1_epi64x(int64_t(eight)), bytes));
   }
   // Zero point of each lane, likewise from one byte each.
   static INLINE I zeros(const uint8_t* p, int count, const int32_t* index) {

@@ -27,6 +27,7 @@ struct V {
   static INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static INLINE I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
   static INLINE I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static INLINE I times256(I v) { return _mm512_slli_epi32(v, 8); }
   static INLINE int32_t total(I v) { return _mm512_reduce_add_epi32(v); }
 
   static INLINE F to_float(I v) { return _mm512_cvtepi32_ps(v); }
@@ -44,6 +45,11 @@ struct V {
     const __m256i raw = _mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p);
     const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
     return _mm512_permutexvar_ps(_mm512_loadu_si512(index), _mm512_castsi512_ps(bits));
+  }
+  static constexpr bool SHUFFLES = true;
+  // Bytes of eight that are chosen by `bytes`, as floats.
+  static INLINE F shuffle(uint64_t eight, I bytes) {
+    return _mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_set1_epi64(int64_t(eight)), bytes));
   }
   // Zero point of each lane, likewise from one byte each.
   static INLINE I zeros(const uint8_t* p, int count, const int32_t* index) {

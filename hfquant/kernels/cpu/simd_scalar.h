@@ -51,6 +51,7 @@ struct V {
   static INLINE I add(I a, I b) LANEWISE(I, wrap(int64_t(a.v[i]) + b.v[i]))
   static INLINE I sub(I a, I b) LANEWISE(I, wrap(int64_t(a.v[i]) - b.v[i]))
   static INLINE I mul(I a, I b) LANEWISE(I, wrap(int64_t(a.v[i]) * b.v[i]))
+  static INLINE I times256(I v) LANEWISE(I, wrap(int64_t(v.v[i]) * 256))
   static INLINE int32_t total(I v) { return wrap(int64_t(v.v[0]) + v.v[1] + v.v[2] + v.v[3]); }
 
   static INLINE F to_float(I v) LANEWISE(F, float(v.v[i]))
@@ -70,6 +71,8 @@ struct V {
     return out;
   }
   static INLINE F scales(const uint16_t* p, int, const int32_t* index) LANEWISE(F, bfloat(p[index[i]]))
+  static constexpr bool SHUFFLES = false;
+  static INLINE F shuffle(uint64_t, I) { return {}; }
   static INLINE I zeros(const uint8_t* p, int, const int32_t* index) LANEWISE(I, p[index[i]])
 
   static INLINE void transpose(const uint8_t* p, int64_t stride, const int64_t* rows, int64_t bytes, I out[LANES]) {

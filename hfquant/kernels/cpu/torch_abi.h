@@ -64,8 +64,8 @@ inline void check(int error, const char* what) {
   if (error) throw std::runtime_error(std::string("hfquant: torch failed in ") + what);
 }
 
-inline void require(bool condition, const std::string& message) {
-  if (!condition) throw std::runtime_error("hfquant: " + message);
+inline void require(bool condition, const char* message) {
+  if (!condition) throw std::runtime_error(std::string("hfquant: ") + message);
 }
 
 // Owns one reference to a tensor.

@@ -1,0 +1,262 @@
+// The product of few rows, on the vector type V of the including file.
+
+namespace {
+
+constexpr int64_t MAX_IN_FEATURES = 65536;  // 255 * 128 * 65536 < 2**31: sums of products stay within int32
+
+constexpr int64_t PREFETCH = 8192;  // bytes ahead: the processor's own prefetcher stops at the end of each page
+
+enum Mode { CHANNEL, GROUP, GROUP_ZERO };
+
+// Which scale each lane of each chunk takes: scale `first[chunk] + index[chunk * LANES + lane]`, `count` of them.
+struct Lanes {
+  int32_t index[MAX_IN_FEATURES / 4 + V::LANES];
+  int32_t first[MAX_IN_FEATURES / V::BYTES + 1];
+  int32_t count[MAX_IN_FEATURES / V::BYTES + 1];
+  // Where whole chunks have 1, 2 or 4 scales: four are read from `at`, `drop` bits are shifted out, and lanes take `bytes`.
+  bool even;
+  int32_t at[MAX_IN_FEATURES / V::BYTES + 1], drop[MAX_IN_FEATURES / V::BYTES + 1];
+  alignas(64) uint8_t bytes[V::BYTES];
+
+  void fill(const Weight& w) {
+    const int64_t group = w.in_features / w.groups, width = 32 / w.bits;
+    const int64_t chunk = width * V::LANES, chunks = (w.in_features + chunk - 1) / chunk;
+    const int scales = group % chunk == 0 ? 1 : chunk % group == 0 ? int(chunk / group) : 0;
+    even = V::SHUFFLES && w.groups >= 4 && (scales == 1 || scales == 2 || scales == 4);
+    for (int i = 0; i < V::BYTES; i++)
+      bytes[i] = i % 4 < 2 ? 0x80 : uint8_t(i / 4 * scales / V::LANES * 2 + i % 2);  // a bfloat16 is the upper half
+    int64_t g = 0, end = group;
+    for (int64_t c = 0; c < chunks; c++)
+      for (int lane = 0; lane < V::LANES; lane++) {
+        if (c * chunk + lane * width >= end && g + 1 < w.groups) g++, end += group;
+        if (lane == 0) first[c] = int32_t(g);
+        index[c * V::LANES + lane] = int32_t(g) - first[c];
+        count[c] = int32_t(g) - first[c] + 1;
+        at[c] = first[c] + 4 <= w.groups ? first[c] : int32_t(w.groups) - 4;
+        drop[c] = (first[c] - at[c]) * 16;
+      }
+  }
+};
+
+// Scales of the lanes of a chunk.
+template <bool EVEN>
+INLINE V::F scales_of(const uint16_t* row, const Lanes& lanes, int64_t c, V::I bytes) {
+  if (!EVEN) return V::scales(row + lanes.first[c], lanes.count[c], lanes.index + c * V::LANES);
+  uint64_t four;
+  memcpy(&four, row + lanes.at[c], 8);
+  return V::shuffle(four >> lanes.drop[c], bytes);
+}
+
+// One byte for each zero point of a row.
+INLINE const uint8_t* unpack_zeros(const Weight& w, int64_t row, uint8_t* out) {
+  const uint8_t* packed = w.zero + row * w.zero_bytes;
+  if (w.bits == 8) return packed;
+  for (int64_t i = 0; i < (w.groups + 1) / 2; i++) {
+    out[2 * i] = packed[i] & 15;
+    out[2 * i + 1] = packed[i] >> 4;
+  }
+  return out;
+}
+
+// M rows of activations times R rows of the weight. Weights stay in registers; each is loaded once.
+// SHIFT: activations have a code of zero.
+template <int BITS, int PLANES, int M, int R, Mode MODE, bool SHIFT>
+struct FewRows {
+  static constexpr int PARTS = parts_of(BITS, PLANES);
+  const Weight& w;
+  const int8_t* x[M];       // [PLANES, chunks, chunk]
+  const int32_t* sums[M];   // [PARTS, chunks, LANES]
+  const uint8_t* codes[R];  // rows of the weight
+  const uint16_t* scales[R];
+  const uint8_t* zeros[R];
+  int64_t chunks;
+  const float* steps[M];    // scale of each chunk, of float activations
+  const int32_t* ones;      // [chunks, LANES]
+  V::F shift[M];            // minus the code of zero
+  V::I total[M][R], weights[R];
+  V::F value[M][R];
+
+  template <bool WHOLE, bool EVEN>
+  INLINE void step(int64_t c, const Lanes* lanes, V::I bytes) {
+    constexpr int CHUNK = V::BYTES * 8 / BITS;
+    V::I low[R], high[R], zero[R];
+    V::F scale[R], sum_of_codes[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const uint8_t* p = codes[r] + c * V::BYTES;
+      const V::I v = WHOLE ? V::load(p) : V::load_partial(p, w.row_bytes - c * V::BYTES);
+      V::prefetch(p + PREFETCH);
+      low[r] = BITS == 4 ? V::low(v) : v;
+      if (BITS == 4) high[r] = V::high(v);
+      if (SHIFT && MODE == CHANNEL) {
+        V::dot(weights[r], low[r], V::set(0x01010101));
+        if (BITS == 4) V::dot(weights[r], high[r], V::set(0x01010101));
+      }
+      if (MODE == CHANNEL) continue;
+      scale[r] = scales_of<EVEN>(scales[r], *lanes, c, bytes);
+      if (MODE == GROUP_ZERO) zero[r] = V::zeros(zeros[r] + lanes->first[c], lanes->count[c], lanes->index + c * V::LANES);
+      if (SHIFT) {
+        const V::I start = V::load(ones + c * V::LANES);
+        V::I sum = MODE == GROUP ? start : V::zero();
+        V::dot(sum, low[r], V::set(0x01010101));
+        if (BITS == 4) V::dot(sum, high[r], V::set(0x01010101));
+        if (MODE == GROUP_ZERO) sum = V::sub(sum, V::mul(zero[r], start));
+        sum_of_codes[r] = V::to_float(sum);
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      if (MODE == CHANNEL) {
+        const int8_t* a = x[m] + c * CHUNK;
+        const V::I first = V::load(a), second = BITS == 4 ? V::load(a + V::BYTES) : first;
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+          V::dot(total[m][r], low[r], first);
+          if (BITS == 4) V::dot(total[m][r], high[r], second);
+        }
+        continue;
+      }
+      V::F product[R];
+#pragma GCC unroll 2
+      for (int part = 0; part < PARTS; part++) {
+        const int last = PARTS == 1 || part > 0 ? PLANES : 1;
+        const V::I start = V::load(sums[m] + (part * chunks + c) * V::LANES);
+        V::I sum[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) sum[r] = MODE == GROUP && PLANES == 1 ? start : V::zero();
+#pragma GCC unroll 3
+        for (int p = part; p < last; p++) {
+          const int8_t* a = x[m] + (p * chunks + c) * CHUNK;
+          const V::I first = V::load(a), second = BITS == 4 ? V::load(a + V::BYTES) : first;
+#pragma GCC unroll 4
+          for (int r = 0; r < R; r++) {
+            if (p > part) sum[r] = V::times256(sum[r]);
+            V::dot(sum[r], low[r], first);
+            if (BITS == 4) V::dot(sum[r], high[r], second);
+          }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+          if (MODE == GROUP && PLANES > 1) sum[r] = V::add(sum[r], start);
+          if (MODE == GROUP_ZERO) sum[r] = V::sub(sum[r], V::mul(zero[r], start));
+          const V::F f = SHIFT ? V::fma(shift[m], sum_of_codes[r], V::to_float(sum[r])) : V::to_float(sum[r]);
+          product[r] = part == 0 ? f : V::fma(product[r], V::setf(65536.0f), f);
+        }
+      }
+      // Products are in steps of the last digit.
+      const V::F step = V::setf(PLANES == 1 ? 1.0f : steps[m][c] * (PLANES == 2 ? 0x1p-8f : 0x1p-16f));
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++)
+        value[m][r] = V::fma(PLANES == 1 ? product[r] : V::mulf(product[r], step), scale[r], value[m][r]);
+    }
+  }
+
+  INLINE void run(const Lanes* lanes) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        value[m][r] = V::zerof();
+        total[m][r] = V::zero();
+      }
+    for (int r = 0; r < R; r++) weights[r] = V::zero();
+    const int64_t whole = w.row_bytes / V::BYTES;
+    const bool even = MODE != CHANNEL && lanes->even;
+    const V::I bytes = even ? V::load(lanes->bytes) : V::zero();
+    if (even)
+      for (int64_t c = 0; c < whole; c++) step<true, true>(c, lanes, bytes);
+    else
+      for (int64_t c = 0; c < whole; c++) step<true, false>(c, lanes, bytes);
+    if (whole < chunks) step<false, false>(whole, lanes, bytes);
+  }
+};
+
+// Rows m0 .. m0 + M of the activations times the rows of one block, into `tile [M, BLOCK]`, without bias.
+template <int BITS, int PLANES, int M, Mode MODE, bool SHIFT>
+void few_tile(const Weight& w, const Activations& a, int64_t m0, int64_t n0, const Lanes* lanes, float* tile) {
+  constexpr int R = M * PLANES <= V::REGISTERS / 8 ? 4 : 2, CHUNK = V::BYTES * 8 / BITS;
+  const int64_t chunks = (w.in_features + CHUNK - 1) / CHUNK;
+  FewRows<BITS, PLANES, M, R, MODE, SHIFT> rows{w};
+  rows.chunks = chunks;
+  rows.ones = a.ones;
+  const int32_t* row_sums[M];
+  int32_t code_of_zero[M];
+  for (int m = 0; m < M; m++) {  // past the last row it is computed again
+    const int64_t row = m0 + m < a.rows ? m0 + m : a.rows - 1;
+    rows.x[m] = a.codes + row * PLANES * chunks * CHUNK;
+    rows.sums[m] = a.sums + row * parts_of(BITS, PLANES) * chunks * V::LANES;
+    rows.steps[m] = a.scale + row * (PLANES == 1 ? 1 : chunks);
+    row_sums[m] = a.row_sums + row;
+    code_of_zero[m] = SHIFT ? a.zeros[row] : 0;
+    rows.shift[m] = V::setf(float(-code_of_zero[m]));
+  }
+  uint8_t zeros[MODE == GROUP_ZERO ? R : 1][MODE == GROUP_ZERO ? MAX_IN_FEATURES / 4 + 2 : 1];
+  for (int i = 0; i < BLOCK && n0 + i < w.rows; i += R) {
+    int64_t n[R];
+    for (int r = 0; r < R; r++) {
+      n[r] = n0 + i + r < w.rows ? n0 + i + r : w.rows - 1;
+      rows.codes[r] = w.codes + n[r] * w.row_bytes;
+      rows.scales[r] = w.scale + n[r] * w.groups;
+      if (MODE == GROUP_ZERO) rows.zeros[r] = unpack_zeros(w, n[r], zeros[r]);
+    }
+    rows.run(lanes);
+    for (int m = 0; m < M; m++)
+      for (int r = 0; r < R; r++) {
+        float& out = tile[m * BLOCK + i + r];
+        if (MODE == CHANNEL) {
+          const int64_t zero = zero_point(w, n[r], 0);
+          int64_t sum = V::total(rows.total[m][r]) - zero * *row_sums[m];
+          if (SHIFT) sum -= code_of_zero[m] * (V::total(rows.weights[r]) - zero * w.in_features);
+          out = float(sum) * float_of(uint32_t(w.scale[n[r]]) << 16) * *rows.steps[m];
+        } else {
+          out = PLANES == 1 ? V::totalf(rows.value[m][r]) * *rows.steps[m] : V::totalf(rows.value[m][r]);
+        }
+      }
+  }
+}
+
+template <int BITS, int PLANES, Mode MODE, bool SHIFT>
+void few_blocks(const Weight& w, const Activations& a, const Output& out, int64_t first, int64_t last) {
+  constexpr int LARGE = PLANES == 1 && V::REGISTERS == 32 ? 8 : 4;
+  alignas(64) float tile[LARGE * BLOCK];
+  Lanes lanes_of_groups;
+  const Lanes* lanes = &lanes_of_groups;
+  if (MODE != CHANNEL) lanes_of_groups.fill(w);
+  for (int64_t n0 = first * BLOCK; n0 < last * BLOCK; n0 += BLOCK)
+    for (int64_t m0 = 0; m0 < a.rows; m0 += LARGE) {
+      const int64_t left = a.rows - m0;
+      const int count = w.rows - n0 < BLOCK ? int(w.rows - n0) : BLOCK;
+      if (left == 1)
+        few_tile<BITS, PLANES, 1, MODE, SHIFT>(w, a, m0, n0, lanes, tile);
+      else if (left == 2 && V::REGISTERS == 32)
+        few_tile<BITS, PLANES, 2, MODE, SHIFT>(w, a, m0, n0, lanes, tile);
+      else if (left <= 4)
+        few_tile<BITS, PLANES, 4, MODE, SHIFT>(w, a, m0, n0, lanes, tile);
+      else
+        few_tile<BITS, PLANES, LARGE, MODE, SHIFT>(w, a, m0, n0, lanes, tile);
+      for (int m = 0; m < LARGE && m < left; m++) store_row(out, m0 + m, n0, count, tile + m * BLOCK);
+    }
+}
+
+template <int BITS, bool SHIFT>
+void few_quantized(const Weight& w, const Activations& a, const Output& out, int64_t first, int64_t last) {
+  if (w.groups == 1) return few_blocks<BITS, 1, CHANNEL, SHIFT>(w, a, out, first, last);
+  w.zero ? few_blocks<BITS, 1, GROUP_ZERO, SHIFT>(w, a, out, first, last)
+         : few_blocks<BITS, 1, GROUP, SHIFT>(w, a, out, first, last);
+}
+
+template <int BITS>
+void few_bits(const Weight& w, const Activations& a, const Output& out, int64_t first, int64_t last) {
+  if (a.planes == 1 && a.zeros) return few_quantized<BITS, true>(w, a, out, first, last);
+  if (a.planes == 1) return few_quantized<BITS, false>(w, a, out, first, last);
+  if (a.planes == 2 && w.zero) return few_blocks<BITS, 2, GROUP_ZERO, false>(w, a, out, first, last);
+  if (a.planes == 2) return few_blocks<BITS, 2, GROUP, false>(w, a, out, first, last);
+  if (w.zero) return few_blocks<BITS, 3, GROUP_ZERO, false>(w, a, out, first, last);
+  few_blocks<BITS, 3, GROUP, false>(w, a, out, first, last);
+}
+
+void few_rows(const Weight& w, const Activations& a, const Output& out, int64_t first, int64_t last) {
+  w.bits == 4 ? few_bits<4>(w, a, out, first, last) : few_bits<8>(w, a, out, first, last);
+}
+
+}  // namespace

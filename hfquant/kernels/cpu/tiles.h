@@ -1,0 +1,154 @@
+// The product of many rows, on the vector type V of the including file; and the table of all kernels.
+
+namespace {
+
+constexpr int TILE = V::REGISTERS == 32 ? 12 : 4;  // TILE x 2 accumulators, 2 vectors of weights, 1 of activations
+
+// Integer sums of ROWS rows and two vectors of columns over `quads` quads. `sums` start them (ZERO: correct them).
+template <bool ZERO, int ROWS>
+INLINE void multiply(const uint8_t* panel, const int8_t* x, int64_t quads, const int32_t* sums, const int32_t* zero,
+                     V::I (&total)[ROWS][2]) {
+#pragma GCC unroll 12
+  for (int m = 0; m < ROWS; m++) {
+    const V::I start = ZERO ? V::zero() : V::set(sums[m]);
+    total[m][0] = start;
+    total[m][1] = start;
+  }
+  for (int64_t q = 0; q < quads; q++, panel += BLOCK * 4, x += TILE * 4) {
+    const V::I a = V::load(panel), b = V::load(panel + V::BYTES);
+#pragma GCC unroll 12
+    for (int m = 0; m < ROWS; m++) {
+      const V::I quad = V::quad(x + m * 4);
+      V::dot(total[m][0], a, quad);
+      V::dot(total[m][1], b, quad);
+    }
+  }
+  if (ZERO)
+#pragma GCC unroll 12
+    for (int m = 0; m < ROWS; m++) {
+      total[m][0] = V::sub(total[m][0], V::mul(V::load(zero), V::set(sums[m])));
+      total[m][1] = V::sub(total[m][1], V::mul(V::load(zero + V::LANES), V::set(sums[m])));
+    }
+}
+
+// One scale for the whole row of the weight: a full register tile of integers, scaled once.
+template <bool ZERO>
+void tile_of_channels(const uint8_t* panel, const int8_t* x, int64_t quads, const int32_t* sums, const float* scale,
+                      const int32_t* zero, const int32_t* x_zeros, const int32_t* code_sums, float* values) {
+  V::I total[TILE][2];
+  multiply<ZERO, TILE>(panel, x, quads, sums, zero, total);
+  if (x_zeros)
+#pragma GCC unroll 12
+    for (int m = 0; m < TILE; m++) {
+      total[m][0] = V::sub(total[m][0], V::mul(V::load(code_sums), V::set(x_zeros[m])));
+      total[m][1] = V::sub(total[m][1], V::mul(V::load(code_sums + V::LANES), V::set(x_zeros[m])));
+    }
+#pragma GCC unroll 12
+  for (int m = 0; m < TILE; m++) {
+    V::storef(values + m * BLOCK, V::mulf(V::to_float(total[m][0]), V::loadf(scale)));
+    V::storef(values + m * BLOCK + V::LANES, V::mulf(V::to_float(total[m][1]), V::loadf(scale + V::LANES)));
+  }
+}
+
+// Segments with scales of their own: half a register tile of integers, the other half float sums.
+template <bool ZERO, bool DIGITS, bool SHIFT>
+void tile_of_segments(const Weight& w, const Activations& a, int64_t t, int half, const uint8_t* panel, int column,
+                      float* values) {
+  constexpr int ROWS = TILE / 2;
+  const int64_t depth = panel_depth(w), quads = depth / 4, segments = segments_of(w, a.planes);
+  const int64_t length = segments == 1 ? quads : segment_of(w, a.planes) / 4, sharing = segments / w.groups;
+  const float* scales = (const float*)(panel + depth * BLOCK) + column;
+  const int32_t* zeros = (const int32_t*)(panel + depth * BLOCK + w.groups * BLOCK * 4) + column;
+  const float* sums_of_codes = (const float*)(zeros + w.groups * BLOCK);
+  const float* steps = a.scale + (t * TILE + half * ROWS) * segments;
+  V::F value[ROWS][2];
+#pragma GCC unroll 12
+  for (int m = 0; m < ROWS; m++) value[m][0] = value[m][1] = V::zerof();
+  for (int p = 0; p < a.planes; p++) {
+    const int8_t* x = a.codes + (t * a.planes + p) * depth * TILE + half * ROWS * 4;
+    const int32_t* sums = a.sums + (t * a.planes + p) * segments * TILE + half * ROWS;
+    const float factor = p == 0 ? 1.0f : p == 1 ? 0x1p-8f : 0x1p-16f;
+    for (int64_t i = 0, g = 0, share = sharing; i < segments; i++, sums += TILE) {
+      const int64_t q = i * length, n = quads - q < length ? quads - q : length;
+      V::I total[ROWS][2];
+      multiply<ZERO, ROWS>(panel + (q * BLOCK + column) * 4, x + q * TILE * 4, n, sums, zeros + g * BLOCK, total);
+      const V::F first = V::loadf(scales + g * BLOCK), second = V::loadf(scales + g * BLOCK + V::LANES);
+#pragma GCC unroll 12
+      for (int m = 0; m < ROWS; m++) {
+        V::F f0 = V::to_float(total[m][0]), f1 = V::to_float(total[m][1]);
+        if (SHIFT) {
+          const V::F shift = V::setf(float(-a.zeros[t * TILE + half * ROWS + m]));
+          f0 = V::fma(shift, V::loadf(sums_of_codes + g * BLOCK), f0);
+          f1 = V::fma(shift, V::loadf(sums_of_codes + g * BLOCK + V::LANES), f1);
+        }
+        if (DIGITS) {
+          const V::F step = V::setf(steps[m * segments + i] * factor);
+          f0 = V::mulf(f0, step);
+          f1 = V::mulf(f1, step);
+        }
+        value[m][0] = V::fma(f0, first, value[m][0]);
+        value[m][1] = V::fma(f1, second, value[m][1]);
+      }
+      if (--share == 0) g++, share = sharing;
+    }
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < ROWS; m++) {
+    V::storef(values + (half * ROWS + m) * BLOCK, value[m][0]);
+    V::storef(values + (half * ROWS + m) * BLOCK + V::LANES, value[m][1]);
+  }
+}
+
+template <bool ZERO, bool DIGITS, bool SHIFT>
+void tile_block(const Weight& w, const Activations& a, const Output& out, int64_t block, int64_t first, int64_t last,
+                const uint8_t* panel) {
+  const int64_t depth = panel_depth(w), start = block * BLOCK;
+  const float* scales = (const float*)(panel + depth * BLOCK);
+  const int32_t* zeros = (const int32_t*)(scales + w.groups * BLOCK);
+  const int32_t* code_sums = zeros + w.groups * BLOCK;
+  const int count = w.rows - start < BLOCK ? int(w.rows - start) : BLOCK;
+  // While this block is multiplied the next one comes into the cache, a part with each tile.
+  const uint8_t* next = w.codes + (start + BLOCK) * w.row_bytes;
+  const int64_t next_bytes = w.rows - start >= 2 * BLOCK ? BLOCK * w.row_bytes : 0;
+  const int64_t share = round_up(next_bytes / (last - first) + 1, 64);
+  alignas(64) float values[TILE * BLOCK];
+  for (int64_t t = first; t < last; t++) {
+    const int64_t from = (t - first) * share, to = from + share < next_bytes ? from + share : next_bytes;
+    for (int64_t i = from; i < to; i += 64) V::prefetch(next + i);
+    for (int column = 0; column < BLOCK; column += 2 * V::LANES)
+      if (!DIGITS && w.groups == 1) {
+        tile_of_channels<ZERO>(panel + column * 4, a.codes + t * depth * TILE, depth / 4, a.sums + t * TILE,
+                               scales + column, zeros + column, SHIFT ? a.zeros + t * TILE : nullptr,
+                               code_sums + column, values + column);
+      } else {
+        tile_of_segments<ZERO, DIGITS, SHIFT>(w, a, t, 0, panel, column, values + column);
+        tile_of_segments<ZERO, DIGITS, SHIFT>(w, a, t, 1, panel, column, values + column);
+      }
+    for (int m = 0; m < TILE && t * TILE + m < a.rows; m++) {
+      float* row = values + m * BLOCK;
+      if (!DIGITS)
+        for (int i = 0; i < BLOCK; i++) row[i] *= a.scale[t * TILE + m];
+      store_row(out, t * TILE + m, start, count, row);
+    }
+  }
+}
+
+void tiles(const Weight& w, const Activations& a, const Output& out, int64_t block, int64_t first, int64_t last,
+           const uint8_t* panel) {
+  if (a.planes == 1 && a.zeros)
+    w.zero ? tile_block<true, false, true>(w, a, out, block, first, last, panel)
+           : tile_block<false, false, true>(w, a, out, block, first, last, panel);
+  else if (a.planes == 1)
+    w.zero ? tile_block<true, false, false>(w, a, out, block, first, last, panel)
+           : tile_block<false, false, false>(w, a, out, block, first, last, panel);
+  else
+    w.zero ? tile_block<true, true, false>(w, a, out, block, first, last, panel)
+           : tile_block<false, true, false>(w, a, out, block, first, last, panel);
+}
+
+}  // namespace
+
+#define KERNEL_TABLE(NAME, TEXT, FEW)                                                                             \
+  extern "C" const Kernels NAME = {TEXT,        V::BYTES,           TILE,     FEW,   quantize_row, to_float, from_float, \
+                                   arrange_few, arrange_tile<TILE>, few_rows, tiles, pack_panel,   dequantize_row,       \
+                                   grid_row,    grid_gradients};

@@ -1,0 +1,51 @@
+"""A loaded INT4 model takes no more memory than its file: nothing is unpacked or repacked on the side."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hfquant import quantize_model_ptq
+from hfquant.kernels import native
+
+
+MEASURE = """
+import json, sys
+import torch, transformers
+import hfquant
+from transformers import AutoModelForCausalLM
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+torch.set_num_threads(1)
+start = anonymous()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+loaded = anonymous() - start
+with torch.inference_mode():
+    model.generate(torch.arange(10, 42)[None], max_new_tokens=2, do_sample=False, pad_token_id=0)
+print(json.dumps({"loaded": loaded, "used": anonymous() - start}))
+"""
+
+ACTIVATIONS = 24_000_000
+"""Bytes for code that is used for the first time, and for activations; the unpacked table alone would be 131 MB."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(not native.is_active(), reason="no native kernels")
+def test_a_loaded_model_takes_the_memory_of_its_file(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64_000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8, tie_word_embeddings=True))
+    quantize_model_ptq(model, progress=False, quantization_bits=4, group_size=32, embedding_bits=4)
+    model.save_pretrained(tmp_path)
+    size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["loaded"] <= 1.15 * size, (found, size)
+    assert found["used"] <= 1.15 * size + ACTIVATIONS, (found, size)
+    assert torch.float32.itemsize * 64_000 * 512 > size + ACTIVATIONS  # a float copy of the table could not hide
