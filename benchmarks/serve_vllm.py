@@ -37,10 +37,14 @@ from hfquant.cli.text import default_text, text_tokens
 
 
 PORT, TOP = 8137, 100
+CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 32, 512
+"""Of the same text, behind the windows that are served."""
+
 CASES = {
     "w4a16": ({"quantization_bits": 4, "group_size": 32}, "compressed-tensors", {}),
     "w8a8-dynamic": ({"quantization_bits": 8}, "compressed-tensors", {}),
     "w8a8-dynamic-symmetric": ({"quantization_bits": 8, "activation_symmetric": True}, "compressed-tensors", {}),
+    "w8a8-dynamic-calibrated": ({"quantization_bits": 8, "algorithm": "gptq"}, "compressed-tensors", {}),
     "w8a8-static": ({"quantization_bits": 8, "quantization_type": "static"}, "compressed-tensors", {}),
     "w4a8-dynamic": (
         {"quantization_bits": 4, "quantization_type": "dynamic", "group_size": 32},
@@ -52,9 +56,11 @@ CASES = {
 }
 
 
-def windows(folder: Path, count: int, length: int) -> torch.Tensor:
+def windows(folder: Path, count: int, length: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Windows that are served, and others to calibrate on."""
     ids = text_tokens(AutoTokenizer.from_pretrained(folder), default_text())
-    return ids[: count * length].view(count, length)
+    used, rest = ids[: count * length], ids[count * length :]
+    return used.view(count, length), list(rest.split(CALIBRATION_LENGTH)[:CALIBRATION_WINDOWS])
 
 
 def log_probabilities(model, ids: torch.Tensor) -> torch.Tensor:
@@ -146,11 +152,23 @@ def tiny(folder: Path) -> Path:
     return folder
 
 
-def measure(python: str, base: Path, ids: torch.Tensor, name: str, work: Path, dtype: str, devices: int = 1) -> dict:
+def measure(
+    python: str,
+    base: Path,
+    ids: torch.Tensor,
+    name: str,
+    work: Path,
+    dtype: str,
+    devices: int = 1,
+    calibration: list[torch.Tensor] | None = None,
+) -> dict:
+    """One row: the export ``name`` of the model in ``base``, served on ``ids``."""
     fields, file_format, options = CASES[name]
-    data = [row.unsqueeze(0) for row in ids] if fields.get("quantization_type") == "static" else None
+    calibrated = fields.get("quantization_type") == "static" or "algorithm" in fields
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    quantize_model_ptq(model, embedding_bits=16, calibration_data=data, **fields)
+    floats = log_probabilities(model, ids)
+    data = calibration if calibrated else None
+    quantize_model_ptq(model, embedding_bits=16, calibration_data=data, progress=False, **fields)
     if dtype == "exact":
         integers = fields["quantization_bits"] == 8 or "quantization_type" in fields
         dtype = "float32" if integers else "float16"
@@ -159,12 +177,13 @@ def measure(python: str, base: Path, ids: torch.Tensor, name: str, work: Path, d
     if (base / "tokenizer.json").is_file():
         AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     expected = log_probabilities(model, ids)
+    lost = float((floats.double().exp() * (floats.double() - expected)).sum(-1).mean())
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1 + 2**-22)
     own = log_probabilities(model, ids).double()
     own = float((expected.double().exp() * (expected.double() - own)).sum(-1).mean())
     served = serve(python, folder, ids, devices, dtype)
-    return {"case": name, "dtype": dtype, "kl": mean_kl(expected, served), "own_kl": own}
+    return {"case": name, "dtype": dtype, "kl": mean_kl(expected, served), "own_kl": own, "kl_to_float": lost}
 
 
 def main() -> None:
@@ -178,7 +197,7 @@ def main() -> None:
     from demo_models import fetch_smollm2
 
     base, origin = fetch_smollm2()
-    ids = windows(base, 4, 64)
+    ids, calibration = windows(base, 4, 64)
     wanted, dtypes = arguments.only.split(","), arguments.dtypes.split(",")
     with tempfile.TemporaryDirectory() as work:
         floats = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -186,7 +205,8 @@ def main() -> None:
         rows = [{"case": "float, bfloat16", "kl": floor}]
         for name, dtype in product(CASES, dtypes):
             if name in wanted:
-                rows.append(measure(arguments.python, base, ids, name, Path(work), dtype))
+                row = measure(arguments.python, base, ids, name, Path(work), dtype, calibration=calibration)
+                rows.append(row)
                 print(json.dumps(rows[-1]), flush=True)
         if "tp2" in wanted:
             small, few = tiny(Path(work) / "tiny"), torch.arange(4, 132).view(2, 64)
