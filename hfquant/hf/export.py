@@ -77,10 +77,17 @@ class Target(Protocol):
 
 @dataclass
 class CompressedTensorsTarget:
-    """compressed-tensors; ``engine`` decides how INT4 weights with INT8 activations are stored."""
+    """compressed-tensors; ``engine`` decides how INT4 weights with INT8 activations are stored.
+
+    Attributes:
+        dtype: Of what is stored dense.
+        engine: What will read it.
+        integer_activations: Whether layers of the model have INT8 activations.
+    """
 
     dtype: torch.dtype
     engine: str | None = None
+    integer_activations: bool = False
 
     @property
     def bytes_for_int4(self) -> bool:
@@ -91,6 +98,9 @@ class CompressedTensorsTarget:
         """Linear layers and experts have a place."""
         if weight.kind == "experts" and self.engine == "transformers" and weight.scheme.activation is not None:
             return "Transformers cannot load fused experts with INT8 activations"
+        is_fallback = self.integer_activations and weight.scheme.activation is None
+        if is_fallback and self.engine == "vllm" and weight.kind == "linear" and weight.scheme.weight.bits == 8:
+            return "vLLM on a CPU has no kernel for 8-bit weights with 16-bit activations, and few layers need them"
         return _no_place(weight, experts=True)
 
     def tensors(self, weight: StoredWeight) -> dict[str, Tensor]:
@@ -224,7 +234,8 @@ def _target(
     format: str, engine: str | None, gptq_version: int | None, layers: Mapping[str, LinearLayer], dtype: torch.dtype
 ) -> Target:
     if format == "compressed-tensors":
-        return CompressedTensorsTarget(dtype, engine)
+        integers = any(layer.scheme is not None and layer.scheme.activation is not None for layer in layers.values())
+        return CompressedTensorsTarget(dtype, engine, integers)
     if format == "gptq":
         symmetric = all(layer.scheme.weight.symmetric for layer in layers.values() if layer.scheme)
         if gptq_version not in (None, 1, 2):

@@ -156,6 +156,19 @@ def test_zero_points_are_packed_along_the_rows(tmp_path: Path) -> None:
     assert torch.equal(values, layer.dequantize())
 
 
+def test_layers_that_fell_back_to_float_activations_are_dense_for_vllm(tmp_path: Path) -> None:
+    model = quantized("llama", "mixed-activations")  # vLLM on a CPU has no kernel for what its mlp layers are
+    report = export_model(model, "compressed-tensors", tmp_path / "x", engine="vllm", progress=False)
+    assert {name.split(".")[3] for name in report.dense} == {"mlp"}
+    assert set(report.schemes.values()) == {"int8-channel-dynamic-asym"}
+    config = json.loads((tmp_path / "x" / "config.json").read_text())["quantization_config"]
+    assert {name.removesuffix(".weight") for name in report.dense} <= set(config["ignore"])
+    stored, name = load_file(tmp_path / "x" / "model.safetensors"), "model.layers.0.mlp.up_proj"
+    assert torch.equal(stored[f"{name}.weight"], model.get_submodule(name).dequantize())
+    plain = quantized("llama", "w8a16-channel")  # where all layers are so, GPUs have a kernel
+    assert not export_model(plain, "compressed-tensors", tmp_path / "y", engine="vllm", progress=False).dense
+
+
 ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "group-16": ({"quantization_bits": 4, "group_size": 16}, {"engine": "vllm"}, "group_size 16 has no GPU kernel.*32"),
     "w8a8-groups": ({"quantization_bits": 8, "group_size": 32}, {"engine": "vllm"}, "one scale per channel"),
