@@ -133,6 +133,7 @@ def through(value: Tensor, passes: Tensor) -> Tensor:
     return passes + (value.to(passes.dtype) - passes).detach()
 
 
+torch.manual_seed(0)  # one draw in 200 is beyond a bound of this page, and what was imported before decided which
 CASES = [Case(b, k, symmetric=s, lora=l) for b, k, s, l in product([4, 8], KINDS, [True, False], [True, False])]
 
 
