@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hfquant.numerics.affine import split_groups
 from hfquant.ptq.quantize_weight import ScaleChooser
-from hfquant.ptq.smoothquant import Fold, apply_fold_, output_noise, probed, rows_of
+from hfquant.ptq.smoothquant import Fold, apply_fold_, output_error, rows_of
 from hfquant.ptq.statistics import InputStatistics, WeightKey
 from hfquant.ptq.weighted_search import choose_weighted
 from hfquant.schemes import LayerScheme
@@ -55,12 +55,8 @@ def equalize_(
             continue
         weights = [_probed(rows_of(layers[name])) for name in fold.consumers]
         candidates = [(0.0, None), *((alpha, equalizing(statistics.sample, alpha)) for alpha in ALPHAS)]
-        rows = probed(statistics.all_samples())
         errors = [
-            sum(
-                float(noise.sum())
-                for noise in output_noise(rows, weights, first, factors, _weighted(statistics, first, factors))
-            )
+            output_error(statistics, weights, first, "minmax", factors, _weighted(statistics, first, factors))
             for _, factors in candidates
         ]
         alpha, best = candidates[errors.index(min(errors))]

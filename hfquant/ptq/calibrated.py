@@ -87,7 +87,7 @@ class Calibration:
 
     Attributes:
         results: What was done so far, by layer.
-        rescaled: Layer -> how its inputs were rescaled.
+        alphas: Layer -> share of the outliers of its inputs that SmoothQuant moved into its weights.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Calibration:
         self.store = store
         self.masks = [_padding_mask(batch) for batch in batches]
         self.results: list[LayerResult] = []
-        self.rescaled: dict[str, str] = {}
+        self.alphas: dict[str, float] = {}
 
     @torch.no_grad()
     def run_(self) -> None:
@@ -240,10 +240,9 @@ class Calibration:
             return
         folds = find_folds(block, runs[0], linear)
         if smooth:
-            self.rescaled |= smooth_(folds, linear, schemes, found, options.observer)
+            self.alphas |= smooth_(folds, linear, schemes, found, options.observer)
         if options.algorithm == "awq":
-            alphas = equalize_(folds, linear, schemes, found)
-            self.rescaled |= {name: f"alpha {alpha:.1f}" for name, alpha in alphas.items()}
+            self.alphas |= equalize_(folds, linear, schemes, found)
 
     def _learn_rounding(
         self, modules: Mapping[str, nn.Module], results: dict[str, dict[str, list[MatrixResult]]], tasks: list[Task]
@@ -287,8 +286,8 @@ class Calibration:
         assert target is not None
         originals = {key: w.to_rows(module.get_parameter(key)) for key, w in target.weights_of(module).items()}
         scheme, note = settle_scheme(scheme, originals, results, found, name, self.options.observer)
-        if name in self.rescaled:
-            note = "; ".join(filter(None, (f"inputs rescaled, {self.rescaled[name]}", note)))
+        if name in self.alphas:
+            note = "; ".join(filter(None, (f"inputs rescaled, alpha {self.alphas[name]:.1f}", note)))
         self.selection.schemes[name] = scheme
         target.swap_(module, scheme)
         assert isinstance(module, PackedModule)
@@ -314,7 +313,7 @@ class Calibration:
                 f"no calibration batch reached {name} ({key}); add data that does, or put it in skip_modules"
             )
         absmax = torch.stack([s.absmax.amax() for s in seen]).amax()
-        scale = choose_input_scale(torch.cat([s.all_samples() for s in seen]), absmax, self.options.observer)
+        scale = choose_input_scale(torch.cat([s.sample for s in seen]), absmax, self.options.observer)
         return scale_to_bits(scale)
 
 

@@ -6,14 +6,19 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from hfquant.numerics.observers import choose_input_scale
 from hfquant.numerics.packing import PackedWeight
 from hfquant.ptq.gptq import layer_loss
 from hfquant.ptq.quantize_matrix import MatrixResult
 from hfquant.ptq.quantize_weight import decibels
-from hfquant.ptq.smoothquant import LOWEST_DB, round_activations
+from hfquant.ptq.smoothquant import round_activations
 from hfquant.ptq.statistics import InputStatistics, WeightKey
 from hfquant.schemes import ActivationScheme, LayerScheme
+
+
+LOWEST_DB = 15.0
+"""INT8 activations are kept where the output of the median token has at least this signal to noise ratio: noise of 3 %
+of the signal's energy. Below it a static layer takes dynamic ones, and where those do not reach it either, activations
+stay in 16 bit. A token with outliers must not hide what they cost the others, so it is the median and not the sum."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +79,16 @@ def settle_scheme(
         observer: What chooses static ranges.
     """
     statistics = found.get(WeightKey(name, "weight"))
-    if scheme.activation is None or statistics is None or not statistics.all_samples().shape[0]:
+    if scheme.activation is None or statistics is None or not statistics.sample.shape[0]:
         return scheme, ""
     dynamic = replace(scheme, activation=ActivationScheme(dynamic=True))
     tried = [scheme, *([] if scheme.activation.dynamic else [dynamic]), replace(scheme, activation=None)]
     (result,) = results["weight"]
     weight, rounded = originals["weight"].float(), result.grid.nearest(result.weight)
-    x = statistics.all_samples()
+    x = statistics.sample
     wanted, ratios = x @ weight.t(), []
     for candidate in tried:
-        coarse = round_activations(x, candidate, choose_input_scale(x, statistics.absmax.amax(), observer))
+        coarse = round_activations(x, candidate, statistics.absmax.amax(), observer)
         ratios.append(_median_decibels(wanted, coarse @ rounded.t()))
         if ratios[-1] >= LOWEST_DB:
             break

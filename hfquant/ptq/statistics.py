@@ -22,7 +22,7 @@ HELD_OUT_SHARE = 8
 """One row in so many is held out: scales and codes are chosen on the others, and judged on these."""
 
 SAMPLE_ROWS = 2048
-"""Rows kept as they are, for ranges of activations and for measuring layers; and again as many that are held out."""
+"""Rows kept as they are, for ranges of activations and for measuring layers."""
 
 
 class WeightKey(NamedTuple):
@@ -47,9 +47,7 @@ class InputStatistics:
         rows: Rows in ``hessian``.
         held_rows: Rows in ``held_out``.
         absmax: Largest magnitude of each input ``[K]``.
-        fitted_absmax: The same without the rows that are held out.
-        sample: Some of the rows to calibrate on ``[S, K]``, in float32.
-        held_sample: Some of the rows that are held out.
+        sample: Some of all rows ``[S, K]``, in float32.
     """
 
     hessian: Tensor
@@ -57,16 +55,14 @@ class InputStatistics:
     rows: int
     held_rows: int
     absmax: Tensor
-    fitted_absmax: Tensor
     sample: Tensor
-    held_sample: Tensor
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device) -> "InputStatistics":
         """Nothing seen yet, for rows of ``in_features``."""
         square = torch.zeros(in_features, in_features, device=device)
-        none, zeros = torch.zeros(0, in_features, device=device), torch.zeros(in_features, device=device)
-        return cls(square, square.clone(), 0, 0, zeros, zeros, none, none)
+        none = torch.zeros(0, in_features, device=device)
+        return cls(square, square.clone(), 0, 0, torch.zeros(in_features, device=device), none)
 
     def add(self, x: Tensor, *, held: bool, sample_rows: int) -> None:
         """Take in rows ``x [M, K]``; ``held`` rows are for judging only.
@@ -82,25 +78,20 @@ class InputStatistics:
             raise CalibrationError("activations are NaN or infinite; check the model and the calibration data")
         self.absmax = torch.maximum(self.absmax, largest)
         (self.held_out if held else self.hessian).addmm_(x.t(), x)
-        some = x[:: max(1, x.shape[0] // max(1, sample_rows))][:sample_rows]
         if held:
             self.held_rows += x.shape[0]
-            self.held_sample = torch.cat((self.held_sample, some))
         else:
             self.rows += x.shape[0]
-            self.fitted_absmax = torch.maximum(self.fitted_absmax, largest)
-            self.sample = torch.cat((self.sample, some))
+        if sample_rows:
+            step = max(1, x.shape[0] // sample_rows)
+            self.sample = torch.cat((self.sample, x[::step][:sample_rows].clone()))
 
     def rescale_(self, factors: Tensor) -> None:
         """The inputs are from now on divided by ``factors [K]``."""
         for moments in (self.hessian, self.held_out):
             moments.div_(factors).div_(factors.unsqueeze(1))
-        self.absmax, self.fitted_absmax = self.absmax / factors, self.fitted_absmax / factors
-        self.sample, self.held_sample = self.sample / factors, self.held_sample / factors
-
-    def all_samples(self) -> Tensor:
-        """The rows that are kept ``[S, K]``, held out or not."""
-        return torch.cat((self.sample, self.held_sample))
+        self.absmax = self.absmax / factors
+        self.sample = self.sample / factors
 
     def judging(self) -> Tensor:
         """The moments to judge by, ``[K, K]``: of held out rows where there are some."""
@@ -154,11 +145,10 @@ class Collector:
         return key
 
     def _add(self, statistics: InputStatistics, rows: Tensor) -> None:
+        sample = -(-SAMPLE_ROWS // self._batches)
         held = self._batches // HELD_OUT_SHARE
-        sample = -(-SAMPLE_ROWS // max(1, self._batches - held))
         if held:
-            is_held = self._batch >= self._batches - held
-            statistics.add(rows, held=is_held, sample_rows=-(-SAMPLE_ROWS // held) if is_held else sample)
+            statistics.add(rows, held=self._batch >= self._batches - held, sample_rows=sample)
             return
         cut = rows.shape[0] - rows.shape[0] // HELD_OUT_SHARE
         statistics.add(rows[:cut], held=False, sample_rows=sample)

@@ -6,9 +6,7 @@ from torch import Tensor, nn
 
 from hfquant import quantize_model_ptq
 from hfquant.ptq.blocks import record_calls
-from hfquant.ptq.smoothquant import Fold, apply_fold_, find_folds, levelling, smooth_
-from hfquant.ptq.statistics import InputStatistics, WeightKey
-from hfquant.schemes import LayerScheme
+from hfquant.ptq.smoothquant import apply_fold_, find_folds
 from tests.support.tiny_models import TINY, build, output, text_inputs
 
 
@@ -80,41 +78,3 @@ def test_outliers_cost_less_when_smoothed(kind: str) -> None:
         return (output(model, "llama") - before).norm()
 
     assert error(True) < 0.7 * error(False)
-
-
-def test_levelling_touches_the_largest_inputs_only() -> None:
-    factors = levelling(torch.tensor([1.0, 2.0, 3.0, 40.0, 0.0, 0.5, 1.5, 2.5, 0.1, 5.0]), 0.2)
-    assert factors.tolist() == pytest.approx([1, 1, 1, 40 / 3, 1, 1, 1, 1, 1, 5 / 3])
-
-
-def smoothed(x: Tensor, held: Tensor, scheme: str) -> str:
-    """What is done to the inputs of an up and down projection whose inner activations are ``x`` and ``held``."""
-    torch.manual_seed(0)
-    block = nn.ModuleDict({"up": nn.Linear(16, x.shape[1]), "down": nn.Linear(x.shape[1], 32)})
-    layers = {"down": block["down"]}
-    statistics = InputStatistics.empty(x.shape[1], x.device)
-    statistics.add(x, held=False, sample_rows=len(x))
-    statistics.add(held, held=True, sample_rows=len(held))
-    fold = Fold(block["up"], ("down",))
-    weight = block["down"].weight.clone()
-    schemes = {"down": LayerScheme.parse(scheme)}
-    chosen = smooth_([fold], layers, schemes, {WeightKey("down", "weight"): statistics}, "minmax")
-    assert ("down" in chosen) == (not torch.equal(block["down"].weight, weight))
-    return chosen.get("down", "")
-
-
-def test_factors_are_judged_on_tokens_they_were_not_made_from() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, held = (torch.randn(256, 64, generator=generator) for _ in range(2))
-    x[:, :4] *= 30
-    held[:, :4] *= 30
-    x[:, 32:] *= 0.01  # asleep while calibrating, so that strong factors enlarge them
-    asleep = torch.cat((held[:, :32], 0.01 * held[:, 32:]), 1)
-    alpha = float(smoothed(x, asleep, "int8-channel-static").removeprefix("alpha "))
-    assert float(smoothed(x, held, "int8-channel-static").removeprefix("alpha ")) < alpha  # awake, they are cut off
-
-
-def test_hopeless_static_layers_get_the_factors_of_dynamic_ones() -> None:
-    x, held = (torch.randn(256, 64, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
-    x[0], held[0] = 3000, 3000  # one token of another size, in all inputs: no factor helps
-    assert smoothed(x, held, "int8-channel-static") == smoothed(x, held, "int8-channel-dynamic")
