@@ -74,9 +74,11 @@ def test_runs_are_kept_and_failures_are_named(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS))
     results = importlib.import_module("arms").results
     calls = {"a": (dict, ([("x", 1)],)), "b": (dict, ([("x", 2)],))}
-    assert results(tmp_path, calls, jobs=2, reuse=True) == [{"x": 1}, {"x": 2}]
+    found = results(tmp_path, calls, jobs=2, reuse=True)
+    assert [result["x"] for result in found] == [1, 2]
+    assert all(result["computed_on"] for result in found)
     (tmp_path / "a.json").write_text('{"x": 5}')
-    assert results(tmp_path, calls) == [{"x": 5}, {"x": 2}]
+    assert results(tmp_path, calls) == [{"x": 5}, found[1]]
     with pytest.raises(RuntimeError, match="failed: c"):
         results(tmp_path, {"c": (dict, (3,)), "d": (dict, ())})
     assert (tmp_path / "d.json").is_file()
