@@ -78,21 +78,6 @@ SETS = {
     ),
     "encoder": ("float32", "bfloat16", "W8A8 dynamic", "W8A8 static", "ONNX Runtime INT8 dynamic"),
 }
-LLAMA_1B = {
-    "vocab_size": 128_256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": True,
-}
-TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2} | {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-
-
 # Models.
 
 
@@ -108,7 +93,9 @@ def source_folder(options: argparse.Namespace) -> Path:
         if options.model == "bert-base":
             model: Any = BertModel(BertConfig())
         else:
-            sizes = LLAMA_1B if options.model == "llama-1b" else TINY
+            from memory import SHAPES
+
+            sizes = SHAPES["1b" if options.model == "llama-1b" else "tiny"]
             model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=2048))
         model.save_pretrained(folder)
     return folder
