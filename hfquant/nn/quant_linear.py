@@ -51,13 +51,13 @@ class QuantLinear(PackedModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x [..., K]``; returns ``[..., N]`` in its dtype, or autocast's."""
-        get, activation = self._parameters.get, self.scheme.activation
-        short_cut, bias = SHORT_CUTS[self.scheme.weight.bits], get("bias")
+        get, activation, short_cut = self._parameters.get, self.scheme.activation, SHORT_CUTS[self.scheme.weight.bits]
         # Small layers take less time than a few properties and keyword arguments in Python, so decoding asks once.
         if (
             self.input_observer is None
+            and "bias" in self._parameters  # not so where it is parametrized
             and x.size(-1) == self.float_weights["weight"].shape[1]
-            and short_cut.takes(x, get("weight"), get("weight_scale"), bias)
+            and short_cut.takes(x, get("weight"), get("weight_scale"), get("bias"))
         ):
             dynamic = activation is not None and activation.dynamic
             out: Tensor = short_cut.op(
@@ -66,10 +66,10 @@ class QuantLinear(PackedModule, nn.Linear):
                 get("weight_scale"),
                 get("weight_zero_point"),
                 get("input_scale"),
-                bias,
+                get("bias"),
                 dynamic,
                 dynamic and not activation.symmetric,  # type: ignore[union-attr]
             )
             return out
         x = autocast_input(x)
-        return LINEAR_OPS[self.scheme.weight.bits](x, *self.packed(), bias=bias, **self.activation_arguments(x))
+        return LINEAR_OPS[self.scheme.weight.bits](x, *self.packed(), bias=self.bias, **self.activation_arguments(x))

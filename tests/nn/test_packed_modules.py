@@ -15,7 +15,7 @@ from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.quant_linear import QuantLinear
 from hfquant.schemes import LayerScheme
 from tests.support.packed import pack_
-from tests.support.tolerance import assert_close
+from tests.support.tolerance import SAME_VALUES, assert_close
 
 
 def scaled_embedding(kind: type) -> nn.Module:
@@ -237,3 +237,19 @@ def test_description_names_scheme_and_sizes(make: Any, text: str) -> None:
     module = pack_(make(), "int4-g16")
     assert isinstance(module, PackedModule)
     assert repr(module) == text
+
+
+class Doubled(nn.Module):
+    def forward(self, bias: torch.Tensor) -> torch.Tensor:
+        return 2 * bias
+
+
+@pytest.mark.parametrize("scheme", ["int4-g16", "int8-channel"])
+def test_a_parametrized_bias_counts(scheme: str) -> None:
+    """It is no parameter of the module any more, but it is its bias."""
+    module, x = nn.Linear(32, 6), torch.randn(3, 32)
+    pack_(module, scheme)
+    with torch.no_grad():
+        expected = module(x) + module.bias
+        nn.utils.parametrize.register_parametrization(module, "bias", Doubled())
+        assert torch.allclose(module(x), expected, **SAME_VALUES)
