@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hfquant.errors import CalibrationError
-from hfquant.nn.packed_module import PackedModule
+from hfquant.nn.packed_module import PackedModule, companion_name
 from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.select import Selection, packed_class
 from hfquant.numerics.affine import scale_to_bits
@@ -22,7 +22,8 @@ from hfquant.numerics.residual import rounding_residual
 from hfquant.ptq.awq import equalize_
 from hfquant.ptq.blocks import Call, find_stacks, is_chain, quiet_model, record_calls
 from hfquant.ptq.calibrate import run_batch
-from hfquant.ptq.layer_result import LayerResult, layer_result, settle_scheme, stacked
+from hfquant.ptq.fallback import HARMLESS, Noise, block_noise, settle_scheme, worst_layers
+from hfquant.ptq.layer_result import LayerResult, layer_result, stacked
 from hfquant.ptq.quantize import quantize_modules_
 from hfquant.ptq.quantize_matrix import CALIBRATED, MatrixResult, quantize_matrix
 from hfquant.ptq.quantize_weight import check_finite
@@ -30,7 +31,7 @@ from hfquant.ptq.signround import Task, learn_rounding
 from hfquant.ptq.smoothquant import find_folds, smooth_
 from hfquant.ptq.statistics import Collector, InputStatistics, WeightKey
 from hfquant.ptq.store import Store
-from hfquant.schemes import LayerScheme
+from hfquant.schemes import ActivationScheme, LayerScheme
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Calibration:
     Attributes:
         results: What was done so far, by layer.
         alphas: Layer -> share of the outliers of its inputs that SmoothQuant moved into its weights.
+        noise: What static activations change in the blocks.
     """
 
     def __init__(
@@ -103,11 +105,13 @@ class Calibration:
         self.masks = [_padding_mask(batch) for batch in batches]
         self.results: list[LayerResult] = []
         self.alphas: dict[str, float] = {}
+        self.noise: list[Noise] = []
 
     @torch.no_grad()
     def run_(self) -> None:
         """Quantize everything that is selected, in place."""
         selection, model = self.selection, self.model
+        sizes = self._static_sizes()
         data_free = {name for name in selection.schemes if self._needs_no_data(name)}
         rest = [name for name in selection.schemes if name not in data_free]
         stacks = find_stacks(model, rest)
@@ -122,6 +126,32 @@ class Calibration:
                 for _ in self._quantize_stack_(stack, inside):
                     bar.update()
         self._quantize_rest_([name for name in rest if name not in inside])
+        for name, noise in worst_layers(self.noise, sizes, selection.schemes).items():
+            self._make_dynamic_(name, noise)
+
+    def _static_sizes(self) -> dict[str, int]:
+        """Weights of each layer that is to have static activations."""
+        sizes = {}
+        for name, scheme in self.selection.schemes.items():
+            target = packed_class(self.model.get_submodule(name))
+            if scheme.quantization_type == "static" and target is not None:
+                sizes[name] = sum(w.numel for w in target.weights_of(self.model.get_submodule(name)).values())
+        return sizes
+
+    def _make_dynamic_(self, name: str, noise: Noise) -> None:
+        """Change the activations of a packed layer; its codes stay."""
+        module = self.model.get_submodule(name)
+        assert isinstance(module, PackedModule)
+        scheme = replace(module.scheme, activation=ActivationScheme(dynamic=True))
+        note = f"activations: static change its block's output by {noise.static:.1e}; dynamic {noise.dynamic:.1e}"
+        module.scheme = self.selection.schemes[name] = scheme
+        for key in module.float_weights:
+            del module._parameters[companion_name(key, "input_scale")]
+        own = {f"{name}.{key}" for key in module.float_weights}
+        self.results = [
+            replace(r, scheme=str(scheme), note="; ".join(filter(None, (r.note, note)))) if r.name in own else r
+            for r in self.results
+        ]
 
     def _needs_no_data(self, name: str) -> bool:
         """Tables, what is tied to them, and everything if the algorithm looks at no inputs."""
@@ -179,6 +209,7 @@ class Calibration:
             module.sqnr_db = record["sqnr_db"][layer]
         _set_parameters_(block, tensors)
         self.results += [LayerResult(**result) for result in record["results"]]
+        self.noise += [Noise(tuple(entry.pop("layers")), **entry) for entry in record.get("noise", [])]
         return True
 
     def _keep(self, name: str, block: nn.Module, layers: Sequence[str]) -> None:
@@ -190,6 +221,7 @@ class Calibration:
             "schemes": {layer: str(self.selection.schemes[layer]) for layer in layers},
             "sqnr_db": {layer: module.sqnr_db for layer, module in modules.items()},
             "results": [asdict(result) for result in results],
+            "noise": [asdict(entry) for entry in self.noise if entry.layers[0] in modules],
         }
         _set_parameters_(block, self.store.save(name, dict(block.named_parameters()), record))
 
@@ -218,6 +250,10 @@ class Calibration:
                 collector.next_batch(mask)
                 run()
         self._smooth_(block, runs, modules, collector.found)
+        if block is not None:
+            self.noise += block_noise(
+                runs, masks, modules, self.selection.schemes, collector.found, self.options.observer
+            )
         results = {name: self._quantize_layer(name, module, collector.found) for name, module in modules.items()}
         if targets is not None:
             tasks = [Task(run, y, mask) for run, y, mask in zip(runs, targets, masks, strict=True)]
@@ -285,7 +321,9 @@ class Calibration:
         target, scheme = packed_class(module), self.selection.schemes[name]
         assert target is not None
         originals = {key: w.to_rows(module.get_parameter(key)) for key, w in target.weights_of(module).items()}
-        scheme, note = settle_scheme(scheme, originals, results, found, name, self.options.observer)
+        note = ""
+        if all(entry.static > HARMLESS for entry in self.noise if name in entry.layers):
+            scheme, note = settle_scheme(scheme, originals, results, found, name, self.options.observer)
         if name in self.alphas:
             note = "; ".join(filter(None, (f"inputs rescaled, alpha {self.alphas[name]:.1f}", note)))
         self.selection.schemes[name] = scheme

@@ -1,7 +1,6 @@
-"""What became of one layer: measured for the report, and judged where static activations may not do."""
+"""What became of one layer, measured for the report."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,15 +9,8 @@ from hfquant.numerics.packing import PackedWeight
 from hfquant.ptq.gptq import layer_loss
 from hfquant.ptq.quantize_matrix import MatrixResult
 from hfquant.ptq.quantize_weight import decibels
-from hfquant.ptq.smoothquant import round_activations
-from hfquant.ptq.statistics import InputStatistics, WeightKey
-from hfquant.schemes import ActivationScheme, LayerScheme
-
-
-LOWEST_DB = 15.0
-"""INT8 activations are kept where the output of the median token has at least this signal to noise ratio: noise of 3 %
-of the signal's energy. Below it a static layer takes dynamic ones, and where those do not reach it either, activations
-stay in 16 bit. A token with outliers must not hide what they cost the others, so it is the median and not the sum."""
+from hfquant.ptq.statistics import InputStatistics
+from hfquant.schemes import LayerScheme
 
 
 @dataclass(frozen=True)
@@ -58,52 +50,6 @@ def layer_result(
         output = decibels(layer_loss(weight, moments), layer_loss(error, moments))
     sqnr = decibels(float(weight.square().sum()), float(error.square().sum()))
     return LayerResult(name, str(scheme), result.method, sqnr, output, rows, dict(result.losses), result.note)
-
-
-def settle_scheme(
-    scheme: LayerScheme,
-    originals: Mapping[str, Tensor],
-    results: Mapping[str, Sequence[MatrixResult]],
-    found: Mapping[WeightKey, InputStatistics],
-    name: str,
-    observer: str,
-) -> tuple[LayerScheme, str]:
-    """``scheme``, or a gentler one for activations where INT8 ones cost too much; and what to tell the reader.
-
-    Args:
-        scheme: What was asked for.
-        originals: Float weights ``[N, K]`` by parameter; fused experts keep what was asked for.
-        results: Their codes.
-        found: Statistics of inputs.
-        name: Of the layer.
-        observer: What chooses static ranges.
-    """
-    statistics = found.get(WeightKey(name, "weight"))
-    if scheme.activation is None or statistics is None or not statistics.sample.shape[0]:
-        return scheme, ""
-    dynamic = replace(scheme, activation=ActivationScheme(dynamic=True))
-    tried = [scheme, *([] if scheme.activation.dynamic else [dynamic]), replace(scheme, activation=None)]
-    (result,) = results["weight"]
-    weight, rounded = originals["weight"].float(), result.grid.nearest(result.weight)
-    x = statistics.sample
-    wanted, ratios = x @ weight.t(), []
-    for candidate in tried:
-        coarse = round_activations(x, candidate, statistics.absmax.amax(), observer)
-        ratios.append(_median_decibels(wanted, coarse @ rounded.t()))
-        if ratios[-1] >= LOWEST_DB:
-            break
-    chosen = max(range(len(ratios)), key=lambda index: (min(ratios[index], LOWEST_DB), -index))
-    if chosen == 0:
-        return scheme, ""
-    given = ", ".join(f"{tried[i].quantization_type} {ratios[i]:.1f} dB" for i in range(chosen))
-    kept = f"{tried[chosen].quantization_type} gives {ratios[chosen]:.1f}"
-    return tried[chosen], f"activations: {given}, below {LOWEST_DB:g}; {kept}"
-
-
-def _median_decibels(wanted: Tensor, got: Tensor) -> float:
-    """Signal to noise of the median row of ``wanted [S, N]``."""
-    signal, noise = wanted.square().sum(-1), (got - wanted).square().sum(-1)
-    return float(10 * torch.log10(signal / noise.clamp_min(1e-30)).nanmedian())
 
 
 def stacked(parts: list[PackedWeight], *, is_matrix: bool) -> PackedWeight:
