@@ -74,6 +74,17 @@ def hidden_of(output: Any) -> Tensor:
     return found
 
 
+def relative_error(got: Tensor, wanted: Tensor) -> Tensor:
+    """Energy of ``got - wanted [..., H]`` as a share of that of ``wanted``, for each token ``[...]``, float32.
+
+    A norm reads what a block returns and sees nothing else; the first token of a language model can have more energy
+    than all others together, and would be the only one that counts in a plain mean.
+    """
+    energy = wanted.float().square().sum(-1)
+    floor = (1e-6 * energy.mean()).clamp_min(1e-30)  # a row of zeros must not count more than all others
+    return (got.float() - wanted.float()).square().sum(-1) / energy.clamp_min(floor)
+
+
 def _with_hidden(output: Any, hidden: Tensor) -> Any:
     if isinstance(output, Tensor):
         return hidden

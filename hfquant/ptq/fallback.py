@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hfquant.numerics.affine import choose_row_scale, fake_quantize
 from hfquant.numerics.observers import choose_input_scale
+from hfquant.ptq.blocks import relative_error
 from hfquant.ptq.quantize_matrix import MatrixResult
 from hfquant.ptq.smoothquant import round_activations
 from hfquant.ptq.statistics import InputStatistics, WeightKey
@@ -107,8 +108,7 @@ def _change(probes: Sequence[Probe], readers: Sequence[nn.Module], rounded: Call
     try:
         ratios = []
         for run, mask, before in probes:
-            energy = before.float().square().sum(-1).clamp_min(1e-30)
-            ratio = (run() - before).float().square().sum(-1) / energy
+            ratio = relative_error(run(), before)
             ratios.append(ratio.flatten() if mask is None else ratio[mask.bool()])
         return float(torch.cat(ratios).mean())
     finally:

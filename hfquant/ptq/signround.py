@@ -1,8 +1,8 @@
 """Learned rounding: signed gradient descent on where each weight of a block rounds to, and on the scales.
 
 A weight is ``clamp(round(w / s + v)) * s`` with ``s = s0 * a``; ``v`` in [-1/2, 1/2] and ``a`` near 1 are learned so
-that the block, on quantized inputs, returns what the float block returned on float inputs. ``w`` starts as GPTQ's
-compensated weight, so that the first step already is GPTQ.
+that the block, on quantized inputs, returns what the float block returned on float inputs, each token relative to its
+own size. ``w`` starts as GPTQ's compensated weight, so that the first step already is GPTQ.
 
 References:
     Cheng et al. 2023, algorithm 1. https://arxiv.org/abs/2309.05516
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from hfquant.numerics.affine import code_range, round_scale
+from hfquant.ptq.blocks import relative_error
 from hfquant.ptq.gptq import Grid
 from hfquant.ptq.quantize_matrix import MatrixResult
 
@@ -119,8 +120,8 @@ class Task:
     mask: Tensor | None = None
 
     def loss(self) -> Tensor:
-        """Mean squared error over the rows that count."""
-        error = (self.run() - self.target).float().square().mean(-1)
+        """Mean over the rows that count of their relative squared error."""
+        error = relative_error(self.run(), self.target)
         return error.mean() if self.mask is None else error[self.mask.bool()].mean()
 
 
