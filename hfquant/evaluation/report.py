@@ -73,7 +73,8 @@ _STYLE = (
     "th,td{text-align:left;padding:3px 14px 3px 0;vertical-align:top;border-bottom:1px solid #eceff3}"
     ".summary th{font-weight:500;color:#5a6475}.layers{font-size:13px;width:100%}"
     ".layers td:nth-child(n+4):nth-child(-n+6){text-align:right;font-variant-numeric:tabular-nums}"
-    "svg text{font:11px system-ui,sans-serif;fill:#1c2330}.scroll{overflow-x:auto}"
+    ".layers td:nth-child(2){white-space:nowrap}.scroll{overflow-x:auto}"
+    "svg text{font:11px system-ui,sans-serif;fill:#1c2330}"
 )
 
 COLORS = {"gptq": "#3b6fd4", "signround": "#2a9d6f", "weighted": "#d98b2b", "search": "#8a93a3", "rtn": "#b9bfca"}
@@ -82,13 +83,16 @@ COLORS = {"gptq": "#3b6fd4", "signround": "#2a9d6f", "weighted": "#d98b2b", "sea
 def _plots(report: Mapping[str, Any]) -> str:
     layers = report["layers"]
     parts = []
-    if any(layer["output_sqnr_db"] is not None for layer in layers):
-        error = [(layer["name"], layer["output_sqnr_db"] or 0.0, layer["method"]) for layer in layers]
-        parts.append(_section("Error by layer", _ERROR_TEXT, _legend(layers) + _bars(error, "{:.1f} dB")))
+    measured = [layer for layer in layers if layer["output_sqnr_db"] is not None]
+    if measured:
+        error = [(layer["name"], layer["output_sqnr_db"], layer["method"]) for layer in measured]
+        parts.append(_section("Error by layer", _ERROR_TEXT, _legend(measured) + _bars(error, "{:.1f} dB")))
     if layers:
         bits = [(layer["name"], float(layer["bits_per_weight"]), layer["method"]) for layer in layers]
-        same = len({round(value, 2) for _, value, _ in bits}) == 1
-        text = f"{bits[0][1]:.2f} bits per weight in all layers, scales included." if same else _BITS_TEXT
+        least, most = min(value for _, value, _ in bits), max(value for _, value, _ in bits)
+        same = most - least < 0.1
+        value = f"{least:.2f}" if f"{least:.2f}" == f"{most:.2f}" else f"{least:.2f} to {most:.2f}"
+        text = f"{value} bits per weight in all layers, scales included." if same else _BITS_TEXT
         parts.append(_section("Bits by layer", text, "" if same else _bars(bits, "{:.2f}")))
     quality = report.get("quality")
     if quality:

@@ -143,7 +143,8 @@ class Calibration:
         module = self.model.get_submodule(name)
         assert isinstance(module, PackedModule)
         scheme = replace(module.scheme, activation=ActivationScheme(dynamic=True))
-        note = f"activations: static change its block's output by {noise.static:.1e}; dynamic {noise.dynamic:.1e}"
+        percent = (f"{100 * value:.2g} %" for value in (noise.static, noise.dynamic))
+        note = "activations: static ones change its block's output by {}, dynamic ones by {}".format(*percent)
         module.scheme = self.selection.schemes[name] = scheme
         for key in module.float_weights:
             del module._parameters[companion_name(key, "input_scale")]

@@ -49,6 +49,9 @@ def test_the_page_is_whole_and_self_contained(calibrated: Path, tmp_path: Path, 
     assert not re.search(r"(src|href)=|@import|url\(", text)
     for part in ("Error by layer", "Bits by layer", "How far each prediction moved", "down_proj", "<svg"):
         assert part in text
+    bars = text.partition("Error by layer")[2].partition("</svg>")[0]
+    assert "mlp.down_proj" in bars
+    assert "embed_tokens" not in bars  # no calibration token is measured on a table
     assert "mean KL" in run("report", calibrated, "--markdown").stdout
 
 

@@ -1,6 +1,7 @@
 """Static activations of the layers that disturb their block most become dynamic, up to a twentieth of the model."""
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -150,7 +151,7 @@ def test_the_worst_layer_of_a_model_is_dynamic_named_and_saved(tmp_path: Any) ->
     assert activation_shares(model)["static"] == pytest.approx(27 / 28)
     (result,) = [r for r in model.hf_quantizer.results if r.name == f"{name}.weight"]
     assert result.scheme == str(DYNAMIC)
-    assert "activations: static change its block's output by" in result.note
+    assert re.search(r"static ones change its block's output by [\d.e-]+ %, dynamic ones by [\d.e-]+ %", result.note)
     assert model.get_submodule(name).scheme == replace(STATIC, activation=DYNAMIC.activation)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
