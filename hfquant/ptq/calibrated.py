@@ -133,9 +133,10 @@ class Calibration:
         """Weights of each layer that is to have static activations."""
         sizes = {}
         for name, scheme in self.selection.schemes.items():
-            target = packed_class(self.model.get_submodule(name))
+            module = self.model.get_submodule(name)
+            target = packed_class(module)
             if scheme.quantization_type == "static" and target is not None:
-                sizes[name] = sum(w.numel for w in target.weights_of(self.model.get_submodule(name)).values())
+                sizes[name] = sum(weight.numel for weight in target.weights_of(module).values())
         return sizes
 
     def _make_dynamic_(self, name: str, noise: Noise) -> None:

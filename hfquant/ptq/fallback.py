@@ -66,7 +66,7 @@ def block_noise(
     """Measure the layers of one block that are to have static activations.
 
     Args:
-        runs: Call the float block; the last ones are used, which no scale of a weight is chosen on.
+        runs: Call the float block; the last ones are used, held out from choosing weights as far as those reach.
         masks: Rows of each that count ``[B, T]``; ``None`` means all.
         modules: Float layers of the block, by name.
         schemes: Of all layers.
