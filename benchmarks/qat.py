@@ -10,7 +10,8 @@ interrupted and given again. torchao (0.18, with torch and transformers) runs in
 
 language  SmolLM2-135M, INT4 symmetric g64, embeddings and head in float, pure distillation from the float model on the
           first 60 % of the text; learning rates are tuned on the next 10 %, equally for all arms; measured on the last
-          30 %. The arms that end in -ce learn the text itself, and are compared with a float model that does.
+          30 %. Arms that end in -gptq or -signround start from that PTQ, calibrated on the part to train; those that
+          end in -ce learn the text itself, and are compared with a float model that does.
 encoder   MiniLM on STS-B, INT4 per channel with dynamic INT8 activations; trained on train, tuned on its last 10 %,
           measured on dev. QAT starts from the fine-tuned float model; float-more trains that on in float as long.
 cost      One optimizer step at 4 micro-batches of SmolLM2: full training with and without QAT, LoRA and "lora".
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -51,10 +53,12 @@ LANGUAGE_ARMS = (
     "ptq-gptq",
     "ptq-signround",
     "qat-full",
-    "qat-lora",
+    "qat-full-gptq",
+    "qat-full-signround",
+    "qat-lora-signround",
     "torchao",
     "float-ce",
-    "qat-full-ce",
+    "qat-full-signround-ce",
     "torchao-ce",
 )
 ENCODER_ARMS = (
@@ -69,13 +73,19 @@ ENCODER_ARMS = (
     "qat-full-g64",
     "torchao-g64",
 )
-RATES = {"qat-lora": (3e-4, 1e-3, 3e-3)}
+RATES = {"qat-lora-signround": (1e-4, 3e-4, 1e-3)}
 """Learning rates that are tried where they differ from --rates: adapters take larger ones."""
+CALIBRATED = ("gptq", "signround")
 SCALE_RATE = 1e-3
 
 
 def is_trained(arm: str) -> bool:
     return not arm.startswith(("zero-step", "ptq"))
+
+
+def start_of(arm: str) -> str | None:
+    """The calibrated PTQ that the training of ``arm`` starts from; ``None`` for the search."""
+    return next((algorithm for algorithm in CALIBRATED if arm.startswith("qat") and algorithm in arm), None)
 
 
 def scheme_of(task: str, arm: str) -> dict[str, Any]:
@@ -87,19 +97,41 @@ def scheme_of(task: str, arm: str) -> dict[str, Any]:
 # What is trained, and how it becomes what is measured.
 
 
-def prepared(model: nn.Module, arm: str, scheme: dict[str, Any]) -> nn.Module:
-    """``model`` ready for the training of ``arm``."""
+def prepared(model: nn.Module, arm: str, scheme: dict[str, Any], start: str | None = None) -> nn.Module:
+    """``model`` ready for the training of ``arm``; from the state in ``start`` if that is given."""
     if arm.startswith("torchao"):
         from torchao.quantization import quantize_
         from torchao.quantization.qat import QATConfig
 
         quantize_(model, QATConfig(torchao_config(scheme), step="prepare"), filter_fn=is_quantized_linear)
     elif arm.startswith("qat"):
-        prepare_model_qat(model, progress=False, variant="lora" if "lora" in arm else "full", **scheme)
+        variant = "lora" if "lora" in arm else "full"
+        quick = {} if start is None else {"algorithm": "rtn"}
+        prepare_model_qat(model, progress=False, variant=variant, **scheme | quick)
+    if start is not None:
+        load_model(model, start, strict=False)  # it has no adapters; they start at zero
     return model
 
 
-def converted(model: nn.Module, arm: str, scheme: dict[str, Any], calibration: Callable[[], list[Any]]) -> nn.Module:
+def write_start(options: argparse.Namespace, algorithm: str) -> dict[str, Any]:
+    """The language model ready for training that starts from calibrated PTQ, once for all arms and seeds."""
+    source = language_source(options)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval().to(options.device)
+    data, fields = calibration_windows(split_ids(options, source)["train"]), ptq_fields(algorithm, options)
+    prepare_model_qat(model, calibration_data=data, progress=False, **LANGUAGE_SCHEME | fields)
+    save_model(model, start_file(options, algorithm))
+    return {}
+
+
+def start_file(options: argparse.Namespace, algorithm: str) -> str:
+    return str(options.results / f"language-start-{algorithm}.safetensors")
+
+
+def ptq_fields(algorithm: str, options: argparse.Namespace) -> dict[str, Any]:
+    return {"algorithm": algorithm} | ({"iterations": options.iterations} if algorithm == "signround" else {})
+
+
+def converted(model: nn.Module, arm: str, scheme: dict[str, Any], options: Any, calibration: Callable) -> nn.Module:
     """``model`` after training, really quantized."""
     if arm.startswith("torchao"):
         from torchao.quantization import quantize_
@@ -111,8 +143,8 @@ def converted(model: nn.Module, arm: str, scheme: dict[str, Any], calibration: C
     elif arm.startswith("zero-step"):
         quantize_model_ptq(model, progress=False, **scheme)  # where QAT starts: the search
     elif arm.startswith("ptq"):
-        algorithm = {"algorithm": arm.split("-")[1]}
-        quantize_model_ptq(model, calibration_data=calibration(), progress=False, **scheme | algorithm)
+        fields = scheme | ptq_fields(arm.split("-")[1], options)
+        quantize_model_ptq(model, calibration_data=calibration(), progress=False, **fields)
     return model.eval()
 
 
@@ -210,11 +242,12 @@ def run_language(options: argparse.Namespace, arm: str, seed: int, rate: float, 
     ids = split_ids(options, source)
     torch.manual_seed(seed)
     teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval().to(options.device)
-    model = prepared(copy.deepcopy(teacher), arm, LANGUAGE_SCHEME)
+    start = start_of(arm)
+    model = prepared(copy.deepcopy(teacher), arm, LANGUAGE_SCHEME, start and start_file(options, start))
     result: dict[str, Any] = {}
     if is_trained(arm):
         result = train(model, options.steps, rate, language_losses(model, teacher, ids["train"], options, arm, seed))
-    model = converted(model, arm, LANGUAGE_SCHEME, lambda: calibration_windows(ids["train"]))
+    model = converted(model, arm, LANGUAGE_SCHEME, options, lambda: calibration_windows(ids["train"]))
     if hasattr(model, "dequantize") and hasattr(model, "hf_quantizer"):
         model.dequantize()  # the same logits, bit for bit, sooner (tests/hf/test_dequantize.py)
     found = compare_models(teacher, {arm: model}, ids[part], context=512, progress=False)[arm]
@@ -244,7 +277,9 @@ def run_encoder(options: argparse.Namespace, arm: str, seed: int, rate: float, p
         losses = encoder_losses(model, tokenizer, pairs, scores / 5, options.encoder_batch, seed)
         result = train(model, options.encoder_steps, rate, losses)
     sentences = [text for pair in pairs[:256] for text in pair]
-    model = converted(model, arm, scheme, lambda: [dict(tokenizer(text, return_tensors="pt")) for text in sentences])
+    model = converted(
+        model, arm, scheme, options, lambda: [dict(tokenizer(text, return_tensors="pt")) for text in sentences]
+    )
     if arm == "float" and part == "test":
         model.save_pretrained(base)
     return result | {"spearman": 100 * spearman(sentence_similarity(model, tokenizer, judged[0]), judged[1])}
@@ -332,6 +367,11 @@ def run_elsewhere(options: argparse.Namespace, task: str, *wanted: Any) -> dict[
 
 def recovery_rows(options: argparse.Namespace, task: str, chosen: list[str], measure: str) -> list[dict[str, Any]]:
     """Tune with the first seed, all arms as often, then run every seed."""
+    from arms import results
+
+    starts = dict.fromkeys(start for arm in chosen if (start := start_of(arm)) is not None)
+    calls = {f"language-start-{start}": (write_start, (options, start)) for start in starts}
+    results(options.results, calls, jobs=options.jobs, threads=options.threads)
     sign, rates = (1 if task == "language" else -1), dict.fromkeys(chosen, 0.0)
     trained = [arm for arm in chosen if is_trained(arm)]
     tried = [
@@ -377,13 +417,13 @@ def tiny_llama() -> nn.Module:
 def smoke(device: str) -> dict[str, Any]:
     """The language arms without torchao on a tiny random model, and the cost of a step, in this process."""
     torch.manual_seed(0)
-    options = argparse.Namespace(batch=2, context=16, steps=4, smoke=True, cost_steps=1, device=device)
+    options = argparse.Namespace(batch=2, context=16, steps=4, smoke=True, cost_steps=1, device=device, iterations=2)
     teacher, ids, results = tiny_llama().eval().to(device), torch.arange(300) % 250, {}
     for arm in ("zero-step", "ptq-gptq", "qat-full", "qat-lora"):
         model = prepared(copy.deepcopy(teacher), arm, SMOKE_SCHEME)
         if is_trained(arm):
             train(model, options.steps, 1e-3, language_losses(model, teacher, ids, options, arm, 0))
-        model = converted(model, arm, SMOKE_SCHEME, lambda: [{"input_ids": ids[:32].unsqueeze(0)}])
+        model = converted(model, arm, SMOKE_SCHEME, options, lambda: [{"input_ids": ids[:32].unsqueeze(0)}])
         results[arm] = compare_models(teacher, {arm: model}, ids[:64], context=32, progress=False)[arm].mean_kl
     return results | {"cost": run_cost(options, "qat-full", 0, 0.0, "test")}
 
@@ -401,6 +441,7 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="*", default=[])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="*", default=[], help="learning rates to try; one means no tuning")
+    parser.add_argument("--iterations", type=int, default=50, help="of SignRound")
     parser.add_argument("--steps", type=int, default=120, help="of the language model")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--context", type=int, default=256)

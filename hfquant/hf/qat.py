@@ -1,7 +1,7 @@
 """``prepare_model_qat`` and ``convert_model_qat``: whole models to quantization-aware training and back, in place."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hfquant.errors import ConfigError
+from hfquant.hf.calibration import calibration_options, read_calibration_data
 from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.quantize import _attach, _check_calibration_data, _check_is_float
 from hfquant.hf.quantizer import HfQuantQuantizer
@@ -22,6 +23,7 @@ from hfquant.numerics.packing import PackedWeight
 from hfquant.ptq.calibrate import run_batch
 from hfquant.ptq.quantize_matrix import CALIBRATED
 from hfquant.ptq.quantize_weight import quantize_weight
+from hfquant.ptq.training_start import start_from_ptq_
 from hfquant.qat.convert import convert_modules_, converted
 from hfquant.qat.prepare import fake_quant_modules, observe_input_scales_, prepare_modules_
 from hfquant.schemes import WeightScheme
@@ -65,13 +67,18 @@ def prepare_model_qat(
     variant: str = "full",
     adapter_rank: int = 16,
     adapter_alpha: float | None = None,
-    calibration_data: Iterable[Any] | None = None,
+    calibration_data: Any = None,
+    tokenizer: Any = None,
     progress: bool = True,
     **overrides: Any,
 ) -> Model:
     """Let a float model compute as it will when it is quantized, and train for it, in place.
 
     Parameters keep their names and identity; make optimizers afterwards, because learned scales join them.
+
+    With ``algorithm="gptq"``, ``"signround"`` or ``"awq"`` training starts where that calibrated PTQ ends: weights
+    become those that it rounds, so that the first step computes what ``quantize_model_ptq`` would ship. Meanwhile a
+    copy of the model is in memory. Distil from a copy of the float model then: the weights are not its own any more.
 
     Args:
         model: Float model, a ``PreTrainedModel`` or any ``nn.Module``.
@@ -80,7 +87,9 @@ def prepare_model_qat(
             BA``, and scales, and freezes all else.
         adapter_rank: R of ``"lora"``.
         adapter_alpha: Its ``alpha``; ``None`` takes the rank.
-        calibration_data: For ``quantization_type="static"``, as for ``quantize_model_ptq``: where ranges start from.
+        calibration_data: For calibrated algorithms, and for ``quantization_type="static"``, where ranges start from:
+            as for ``quantize_model_ptq``.
+        tokenizer: For texts; ``None`` takes the one beside the model.
         progress: Show progress bars.
         **overrides: Fields of ``HfQuantConfig`` that replace those of ``config``.
 
@@ -106,31 +115,42 @@ def prepare_model_qat(
     quantizer.select(model)
     schemes = quantizer.selection.schemes.values()
     static = any(scheme.quantization_type == "static" for scheme in schemes)
-    if config.resolved_algorithm in CALIBRATED:
-        raise ConfigError(
-            f"algorithm={config.algorithm!r}: training starts from scales that are found without data; give 'search' "
-            "or 'rtn', or leave it unset"
-        )
-    _check_calibration_data(calibration_data, needed=static, config=config)
+    calibrated = config.resolved_algorithm in CALIBRATED
+    _check_calibration_data(calibration_data, needed=static or calibrated, config=config)
     if all(scheme.weight.bits == 8 for scheme in schemes):
         logger.info("hfquant: INT8 loses so little that quantization-aware training rarely pays; compare with PTQ")
-    _swap(model, quantizer, variant, adapter, progress=progress)
+    batches: tuple[Any, ...] = ()
+    if static or calibrated:
+        batches = read_calibration_data(model, calibration_data, config, tokenizer).batches
+    starts: Mapping[str, PackedWeight] = {}
+    if calibrated:
+        options = calibration_options(config, progress=progress)
+        starts = start_from_ptq_(model, quantizer.selection, batches, options)
+    _swap(model, quantizer, variant, adapter, starts, progress=progress)
     if static:
-        assert calibration_data is not None
-        observe_input_scales_(model, calibration_data, run_batch, progress=progress)
+        observe_input_scales_(model, batches, run_batch, progress=progress)
     check_something_trains(model)
     return model
 
 
 def _swap(
-    model: nn.Module, quantizer: HfQuantQuantizer, variant: str, adapter: Adapter | None, *, progress: bool
+    model: nn.Module,
+    quantizer: HfQuantQuantizer,
+    variant: str,
+    adapter: Adapter | None,
+    starts: Mapping[str, PackedWeight],
+    *,
+    progress: bool,
 ) -> None:
+    """Swap modules; their scales are those in ``starts``, else what is found without data."""
     roles, algorithm = model_roles(model), quantizer.quantization_config.resolved_algorithm
+    data_free = "search" if algorithm in CALIBRATED else algorithm
     if adapter is not None:
         model.requires_grad_(False)
 
     def initial_scales(weight: Tensor, scheme: WeightScheme, name: str) -> PackedWeight:
-        return quantize_weight(weight, scheme, algorithm=algorithm, name=name).packed
+        found = starts.get(name)
+        return quantize_weight(weight, scheme, algorithm=data_free, name=name).packed if found is None else found
 
     prepare_modules_(
         model,

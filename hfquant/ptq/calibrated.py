@@ -261,7 +261,7 @@ class Calibration:
             tasks = [Task(run, y, mask) for run, y, mask in zip(runs, targets, masks, strict=True)]
             self._learn_rounding(modules, results, tasks)
         for name, module in modules.items():
-            self._pack_(name, module, results[name], collector.found)
+            self.pack_(name, module, results[name], collector.found)
 
     def _smooth_(
         self,
@@ -312,7 +312,7 @@ class Calibration:
             ]
         return results
 
-    def _pack_(
+    def pack_(
         self,
         name: str,
         module: nn.Module,

@@ -58,7 +58,8 @@ class TrainingConfig(TrainingArguments, SchemeFields):
             takes the heads of classifiers.
         scale_learning_rate: Learning rate of the logarithm of scales: a relative change. 0 keeps them.
         qat_blend_steps: Optimizer steps over which quantization is blended in; 0 starts with all of it.
-        calibration_batches: Training batches that static activation ranges are observed on.
+        calibration_batches: Training batches for static activation ranges and calibrated algorithms; with
+            ``algorithm="gptq"`` or ``"signround"``, quantization-aware training starts from that PTQ.
         distillation_weight: Share of distillation from the float model in the loss, from 0 to 1.
         distillation_temperature: Divides the logits of both models.
 
@@ -77,7 +78,7 @@ class TrainingConfig(TrainingArguments, SchemeFields):
     adapter_modules_to_save: list[str] | None = field(default=None, metadata={"help": "Float modules to train."})
     scale_learning_rate: float = field(default=1e-3, metadata={"help": "Of the logarithm of scales."})
     qat_blend_steps: int = field(default=0, metadata={"help": "Steps over which quantization is blended in."})
-    calibration_batches: int = field(default=32, metadata={"help": "Batches to observe static ranges on."})
+    calibration_batches: int = field(default=32, metadata={"help": "Batches for static ranges and calibrated PTQ."})
     distillation_weight: float = field(default=0.0, metadata={"help": "Share of distillation in the loss."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "Divides the logits of both models."})
 

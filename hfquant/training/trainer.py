@@ -20,6 +20,7 @@ from hfquant.hf.finetune import finetune_state
 from hfquant.hf.finetune_checkpoint import load_finetune_checkpoint_, save_training_state
 from hfquant.hf.qat import converted_model, prepare_model_qat, qat_state
 from hfquant.hf.quantize import quantize_model_ptq
+from hfquant.ptq.quantize_matrix import CALIBRATED
 from hfquant.qat.distill import distillation_loss, teacher_copy
 from hfquant.qat.prepare import bypassed
 from hfquant.training.callback import QatCallback, check_resumable, write_record
@@ -46,7 +47,8 @@ class QuantTrainer(StagedCheckpoints):
     Args:
         *args: As for ``Trainer``.
         teacher_model: Float model to distil from. Without one, ``"lora"`` distils from the model itself with
-            quantizers and adapters bypassed, ``"full"`` from a frozen bfloat16 copy.
+            quantizers and adapters bypassed, ``"full"`` from a frozen bfloat16 copy, and so does ``"lora"`` where
+            training starts from calibrated weights.
         **kwargs: As for ``Trainer``.
 
     Raises:
@@ -82,16 +84,18 @@ class QuantTrainer(StagedCheckpoints):
     def _prepare(self) -> None:
         args, model = self.args, self.model
         if qat_state(model) is None:
-            if args.distillation_weight and args.qat_variant == "full" and self._teacher is None:
-                self._teacher = teacher_copy(model)
             config = args.quantization_config()
+            # These do not keep the float weights, which the model would be its own teacher with.
+            moves = args.qat_variant == "full" or config.resolved_algorithm in CALIBRATED
+            if args.distillation_weight and moves and self._teacher is None:
+                self._teacher = teacher_copy(model)
             prepare_model_qat(
                 model,
                 config,
                 variant=args.qat_variant,
                 adapter_rank=args.adapter_rank,
                 adapter_alpha=args.adapter_alpha,
-                calibration_data=self._calibration_batches() if _is_static(config) else None,
+                calibration_data=self._calibration_batches(config),
                 progress=not args.disable_tqdm,
             )
         if self._teacher is not None:
@@ -105,17 +109,28 @@ class QuantTrainer(StagedCheckpoints):
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad and not name.endswith(SCALE_SUFFIX))
 
-    def _calibration_batches(self) -> Iterator[Any]:
-        """The first batches of the training data, in order; each process takes its share."""
+    def _calibration_batches(self, config: HfQuantConfig) -> Iterator[Any] | None:
+        """The first batches of the training data, in order; ``None`` where no data is needed.
+
+        All processes take the same for calibrated algorithms, whose codes must be equal; for static ranges, whose
+        maximum over all is taken, each takes its share.
+        """
+        calibrated = config.resolved_algorithm in CALIBRATED
+        if not calibrated and not _is_static(config):
+            return None
         if self.train_dataset is None:
-            raise ConfigError("quantization_type='static' needs train_dataset, to observe activation ranges on")
+            raise ConfigError("calibration needs train_dataset: static ranges and calibrated algorithms start from it")
+        together = calibrated or self._mode == "ptq"
+        rank, processes = (0, 1) if together else (self.args.process_index, self.args.world_size)
+        return self._first_batches(rank, processes)
+
+    def _first_batches(self, rank: int, processes: int) -> Iterator[Any]:
         loader = DataLoader(
             self.train_dataset,
             batch_size=self.args.train_batch_size,
             collate_fn=self._get_collator_with_removed_columns(self.data_collator, "calibration"),
             generator=torch.Generator(),
         )
-        rank, processes = self.args.process_index, self.args.world_size
         with torch.random.fork_rng():
             yield from islice(loader, rank, self.args.calibration_batches * processes, processes)
 
@@ -138,8 +153,8 @@ class QuantTrainer(StagedCheckpoints):
         result = super().train(*args, **kwargs)
         if self._mode == "ptq":
             config = self.args.quantization_config()
-            data = self._calibration_batches() if _is_static(config) else None
-            quantize_model_ptq(self.model, config, calibration_data=data, progress=not self.args.disable_tqdm)
+            data, progress = self._calibration_batches(config), not self.args.disable_tqdm
+            quantize_model_ptq(self.model, config, calibration_data=data, progress=progress)
         return result
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

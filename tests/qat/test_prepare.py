@@ -41,6 +41,31 @@ def test_before_training_it_is_ptq(name: str, bits: int) -> None:
     assert torch.equal(output(trains, name), output(ptq, name))
 
 
+@pytest.mark.parametrize("kind", ["weight_only", "dynamic"])
+@pytest.mark.parametrize("algorithm", ["gptq", "signround", "awq"])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mixtral"])
+def test_before_training_it_is_calibrated_ptq(name: str, algorithm: str, kind: str) -> None:
+    batches = [TINY[name].inputs(), {key: value.flip(0, -1) for key, value in TINY[name].inputs().items()}]
+    options = {"algorithm": algorithm, "quantization_type": kind, "calibration_data": batches, "quantization_bits": 4}
+    options |= {"iterations": 5} if algorithm == "signround" else {}
+    before = dict(build(name).named_parameters())
+    trains, ptq = prepared(name, **options), quantize_model_ptq(build(name), progress=False, **options)
+    moved = [n for n, p in trains.named_parameters() if n in before and not torch.equal(p, before[n])]
+    assert moved
+    assert torch.equal(output(trains, name), output(ptq, name))
+    convert_model_qat(trains)
+    codes, expected = trains.state_dict(), ptq.state_dict()
+    assert codes.keys() == expected.keys()
+    assert not [key for key in codes if not torch.equal(codes[key], expected[key])]
+
+
+def test_a_calibrated_start_takes_texts_and_leaves_schemes_alone() -> None:
+    options = {"quantization_bits": 8, "quantization_type": "static", "algorithm": "gptq"}
+    model = prepared("llama", calibration_data=text_inputs()["input_ids"].tolist(), **options)
+    assert all(m.scheme.quantization_type == "static" for _, m in fake_quant_modules(model) if m.scheme.activation)
+    assert all(torch.isfinite(m.input_scale("weight")) for _, m in fake_quant_modules(model) if m.scheme.activation)
+
+
 def test_static_ranges_start_near_those_of_ptq() -> None:
     """PTQ observes on quantized activations, block by block; training starts from float ones, seen in one pass."""
     options = {"quantization_bits": 8, "quantization_type": "static", "calibration_data": [text_inputs()]}
@@ -140,6 +165,7 @@ def test_experts_that_saw_no_token_have_zero_gradients_and_the_layer_range() -> 
         ({"variant": "lora", "adapter_rank": 0}, ConfigError, "adapter_rank=0"),
         ({"quantization_type": "static"}, CalibrationError, "needs calibration_data"),
         ({"quantization_type": "static", "calibration_data": []}, CalibrationError, "empty"),
+        ({"algorithm": "gptq"}, CalibrationError, "algorithm='gptq' needs calibration_data"),
         ({"group_size": 48}, SchemeError, "48"),
     ],
 )

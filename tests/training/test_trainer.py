@@ -64,6 +64,12 @@ def test_ptq_quantizes_when_training_ends(tmp_path: Path) -> None:
         quantizes.train()
 
 
+def test_ptq_calibrates_on_training_data_when_training_ends(tmp_path: Path) -> None:
+    made = trainer(tmp_path, quantization_mode="ptq", quantization_bits=4, algorithm="gptq", calibration_batches=2)
+    made.train()
+    assert {result.method for result in made.model.hf_quantizer.results} >= {"gptq"}
+
+
 RUNS: dict[str, dict[str, Any]] = {
     "weight-only": {},
     "blend": {"qat_blend_steps": 2},
@@ -72,6 +78,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "accumulated": {"gradient_accumulation_steps": 2, CHECKPOINTING: True},
     "lora": {"qat_variant": "lora", "distillation_weight": 1.0},
     "distilled": {"distillation_weight": 0.5, "distillation_temperature": 2.0},
+    "calibrated": {"algorithm": "gptq", "calibration_batches": 2, "distillation_weight": 1.0},
+    "calibrated-lora": {"algorithm": "gptq", "calibration_batches": 2, "qat_variant": "lora"},
 }
 
 
