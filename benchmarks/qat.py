@@ -73,10 +73,15 @@ ENCODER_ARMS = (
     "qat-full-g64",
     "torchao-g64",
 )
-RATES = {"qat-lora-signround": (1e-4, 3e-4, 1e-3)}
-"""Learning rates that are tried where they differ from --rates: adapters take larger ones."""
-CALIBRATED = ("gptq", "signround")
 SCALE_RATE = 1e-3
+Rate = float | tuple[float, float] | list[float]
+"""A learning rate, and that of the logarithm of scales where it is not ``SCALE_RATE``."""
+RATES: dict[str, tuple[Rate, ...]] = {
+    "qat-full-signround": ((1e-5, 1e-3), (1e-5, 1e-2), (3e-5, 1e-2)),
+    "qat-lora-signround": ((3e-4, 1e-3), (3e-4, 1e-2), (1e-3, 1e-2)),
+}
+"""Learning rates that are tried where they differ from --rates, as many."""
+CALIBRATED = ("gptq", "signround")
 
 
 def is_trained(arm: str) -> bool:
@@ -163,7 +168,8 @@ def is_quantized_linear(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and name != "lm_head"
 
 
-def optimizer_for(model: nn.Module, rate: float, scale_rate: float = SCALE_RATE) -> torch.optim.Optimizer:
+def optimizer_for(model: nn.Module, rate: Rate) -> torch.optim.Optimizer:
+    rate, scale_rate = (rate, SCALE_RATE) if isinstance(rate, (int, float)) else rate
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     scales = [p for name, p in named if name.endswith("_log_scale")]
     others = [p for name, p in named if not name.endswith("_log_scale")]
@@ -171,11 +177,9 @@ def optimizer_for(model: nn.Module, rate: float, scale_rate: float = SCALE_RATE)
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
-def train(
-    model: nn.Module, steps: int, rate: float, losses: Iterator[Tensor], scale_rate: float = SCALE_RATE
-) -> dict[str, Any]:
+def train(model: nn.Module, steps: int, rate: Rate, losses: Iterator[Tensor]) -> dict[str, Any]:
     """AdamW, warm-up over a tenth, then linear to 0, gradients clipped to norm 1; the same for every arm."""
-    optimizer = optimizer_for(model, rate, scale_rate)
+    optimizer = optimizer_for(model, rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / max(1, steps // 10), (steps - step) / steps)
     )
@@ -237,7 +241,7 @@ def calibration_windows(ids: Tensor) -> list[dict[str, Tensor]]:
     return [{"input_ids": part} for part in whole[torch.linspace(0, len(whole) - 1, 64).long()].split(4)]
 
 
-def run_language(options: argparse.Namespace, arm: str, seed: int, rate: float, part: str) -> dict[str, Any]:
+def run_language(options: argparse.Namespace, arm: str, seed: int, rate: Rate, part: str) -> dict[str, Any]:
     source = language_source(options)
     ids = split_ids(options, source)
     torch.manual_seed(seed)
@@ -257,7 +261,7 @@ def run_language(options: argparse.Namespace, arm: str, seed: int, rate: float, 
 # The encoder.
 
 
-def run_encoder(options: argparse.Namespace, arm: str, seed: int, rate: float, part: str) -> dict[str, Any]:
+def run_encoder(options: argparse.Namespace, arm: str, seed: int, rate: Rate, part: str) -> dict[str, Any]:
     from demo_models import fetch_minilm
     from quality import read_pairs
 
@@ -303,7 +307,7 @@ def pooled(model: nn.Module, tokenizer: Any, sentences: list[str]) -> Tensor:
 # What a step costs.
 
 
-def run_cost(options: argparse.Namespace, arm: str, seed: int, rate: float, part: str) -> dict[str, Any]:
+def run_cost(options: argparse.Namespace, arm: str, seed: int, rate: Rate, part: str) -> dict[str, Any]:
     """Median seconds of one optimizer step of 4 micro-batches, and peak memory of a process that does only this."""
     torch.manual_seed(seed)
     if options.smoke:
@@ -339,19 +343,23 @@ TASKS = {"language": run_language, "encoder": run_encoder, "cost": run_cost}
 SMOKE_SCHEME = LANGUAGE_SCHEME | {"group_size": 32}
 
 
-def runs(options: argparse.Namespace, task: str, wanted: list[tuple[str, int, float, str]]) -> list[dict[str, Any]]:
+def runs(options: argparse.Namespace, task: str, wanted: list[tuple[str, int, Rate, str]]) -> list[dict[str, Any]]:
     """The results of ``(arm, seed, rate, part)``: from their files, or from new processes."""
     from arms import results
 
     calls = {}
     for arm, seed, rate, part in wanted:
-        name = f"{task}-{arm}-s{seed}" + (f"-lr{rate:g}" if rate else "") + ("-tune" if part == "tune" else "")
+        name = f"{task}-{arm}-s{seed}" + (f"-lr{shown(rate)}" if rate else "") + ("-tune" if part == "tune" else "")
         python = options.torchao_python if arm.startswith("torchao") else None
         calls[name] = (run_elsewhere if python else run_here, (options, task, arm, seed, rate, part))
     return results(options.results, calls, jobs=options.jobs, threads=options.threads, reuse=options.device != "cpu")
 
 
-def run_here(options: argparse.Namespace, task: str, arm: str, seed: int, rate: float, part: str) -> dict[str, Any]:
+def shown(rate: Rate) -> str:
+    return f"{rate:g}" if isinstance(rate, (int, float)) else "x".join(f"{value:g}" for value in rate)
+
+
+def run_here(options: argparse.Namespace, task: str, arm: str, seed: int, rate: Rate, part: str) -> dict[str, Any]:
     return TASKS[task](options, arm, seed, rate, part) | {"arm": arm, "seed": seed, "rate": rate}
 
 
@@ -372,7 +380,7 @@ def recovery_rows(options: argparse.Namespace, task: str, chosen: list[str], mea
     starts = dict.fromkeys(start for arm in chosen if (start := start_of(arm)) is not None)
     calls = {f"language-start-{start}": (write_start, (options, start)) for start in starts}
     results(options.results, calls, jobs=options.jobs, threads=options.threads)
-    sign, rates = (1 if task == "language" else -1), dict.fromkeys(chosen, 0.0)
+    sign, rates = (1 if task == "language" else -1), dict[str, Rate]()
     trained = [arm for arm in chosen if is_trained(arm)]
     tried = [
         (arm, options.seeds[0], rate, "tune")
@@ -381,10 +389,10 @@ def recovery_rows(options: argparse.Namespace, task: str, chosen: list[str], mea
     ]
     tuned = runs(options, task, tried)
     for arm in trained:
-        rates[arm] = min((sign * found[measure], found["rate"]) for found in tuned if found["arm"] == arm)[1]
+        rates[arm] = min((f for f in tuned if f["arm"] == arm), key=lambda f: sign * f[measure])["rate"]
     # The language model's PTQ is the same for every seed; an encoder is another one.
     wanted = [
-        (arm, seed, rates[arm], "test")
+        (arm, seed, rates.get(arm, 0.0), "test")
         for arm in chosen
         for seed in (options.seeds if task == "encoder" or arm in trained else options.seeds[:1])
     ]
