@@ -223,7 +223,8 @@ def test_opcheck() -> None:
         leaves = case.leaves()
         inputs = case.input_scale, leaves.get("input_log_scale")
         arguments = (leaves["x"], *case.adapter(leaves), *inputs, leaves["bias"], FACTOR, False, False, case.bits)
-        torch.library.opcheck(torch.ops.hfquant.grid_linear.default, arguments)
+        for rounded in (True, False):
+            torch.library.opcheck(torch.ops.hfquant.grid_linear.default, (*arguments, rounded))
 
 
 def test_int8_and_asymmetric_grid_weights_are_refused_where_they_do_not_fit() -> None:
