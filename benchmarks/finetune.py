@@ -13,13 +13,14 @@ language        SmolLM2-135M learns the first 60 % of the text; tuned on the nex
 
 Every arm trains as many steps of the same batches, and tries as many learning rates, with the first seed, on the part
 to tune. Quantized models are INT4 symmetric g64 with embeddings and head in float, as bitsandbytes' NF4 has them, and
-are calibrated on the part to train (GPTQ).
+are calibrated on the part to train, with --ptq-algorithm (GPTQ).
 
 head         the head alone (classification)
 lora         LoRA on the float model
-lora, ptq    that, merged, then quantized with GPTQ; lora-signround with SignRound
+lora, ptq    that, merged, then quantized with --ptq-algorithm; lora-signround with SignRound
 nf4          LoRA on bitsandbytes' NF4, and merged by PEFT
 grid         hfquant's adapter inside the rounding, merged, saved and loaded again
+grid-delay   the same without rounding for the first 0.7 of the steps, then rounded anew with --ptq-algorithm
 scales       hfquant's scales, norms and biases alone
 side         LoRA beside hfquant's codes, and merged onto the grid
 """
@@ -30,7 +31,7 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,12 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "examples")]
 SCHEME = {"quantization_bits": 4, "quantization_type": "weight_only", "group_size": 64, "embedding_bits": 16}
 RANK = 16
 
-ARMS = ("head", "lora", "lora-signround", "nf4", "side", "scales", "grid")
+DELAY = 0.7
+"""Share of the steps for which "grid-delay" trains without rounding."""
+
+ARMS = ("head", "lora", "lora-signround", "nf4", "side", "scales", "grid", "grid-delay")
 ADAPTER_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-RATES = dict.fromkeys(("lora", "nf4", "side", "grid"), ADAPTER_RATES) | {
+RATES = dict.fromkeys(("lora", "nf4", "side", "grid", "grid-delay"), ADAPTER_RATES) | {
     "head": (3e-4, 1e-3, 3e-3, 1e-2),
     "scales": (1e-3, 3e-3, 1e-2, 3e-2),
     "lora-signround": (0.0,),
@@ -89,7 +93,24 @@ def prepared(model: nn.Module, arm: str, seed: int) -> nn.Module:
         return add_side_adapter(model, rank=RANK)
     from hfquant import prepare_model_for_finetuning
 
-    return prepare_model_for_finetuning(model, adapter=arm, rank=RANK, progress=False)
+    return prepare_model_for_finetuning(model, adapter=arm.removesuffix("-delay"), rank=RANK, progress=False)
+
+
+def delayed(
+    model: nn.Module, task: "Task", options: argparse.Namespace
+) -> Callable[[int, torch.optim.Optimizer], None]:
+    """What "grid-delay" does before each step."""
+    from hfquant.hf.rounding import round_anew, set_rounding
+
+    delay = max(1, round(DELAY * options.steps))
+    set_rounding(model, False)
+
+    def before_step(step: int, optimizer: torch.optim.Optimizer) -> None:
+        if step == delay:
+            how = {"algorithm": options.ptq_algorithm, "iterations": options.ptq_iterations}
+            round_anew(model, task.calibration(), optimizer=optimizer, progress=False, **how)
+
+    return before_step
 
 
 def is_adapted(name: str, module: nn.Module) -> bool:
@@ -113,7 +134,7 @@ def merged(model: nn.Module, arm: str, folder: Path) -> nn.Module:
         return model.merge_and_unload()
     if arm == "side":
         model = merge_side_adapter(model)
-    elif arm in ("grid", "scales"):
+    elif arm in ("grid", "grid-delay", "scales"):
         from hfquant import merge_adapters
 
         model = merge_adapters(model)
@@ -267,9 +288,9 @@ def base_model(task: Task, options: argparse.Namespace, arm: str, seed: int) -> 
         heads = head_layers(model) or None
         quantize_model_ptq(model, backend="bitsandbytes", quantization_bits=4, progress=False, skip_modules=heads)
         return model
-    folder = options.results / f"{options.task}-base"
+    folder = options.results / f"{options.task}-base{suffix(options)}"
     if not (folder / "config.json").is_file():
-        quantize(copy.deepcopy(model), task, "gptq", keep_residual=True).save_pretrained(folder)
+        quantize(copy.deepcopy(model), task, options, keep_residual=True).save_pretrained(folder)
     loaded = type(model).from_pretrained(folder).to(options.device)
     new = {key: value for key, value in model.state_dict().items() if set(key.split(".")) & set(HEADS)}
     loaded.load_state_dict(new, strict=False)
@@ -280,8 +301,16 @@ def head_layers(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and set(name.split(".")) & set(HEADS)]
 
 
-def quantize(model: nn.Module, task: Task, algorithm: str, **options: Any) -> nn.Module:
-    fields = SCHEME | {"algorithm": algorithm, "skip_modules": head_layers(model)} | options
+def suffix(options: argparse.Namespace) -> str:
+    """Of the names of files that depend on how models are quantized; GPTQ has none."""
+    if options.ptq_algorithm == "gptq":
+        return ""
+    return f"-{options.ptq_algorithm}" + (f"-{options.ptq_iterations}" if options.ptq_iterations else "")
+
+
+def quantize(model: nn.Module, task: Task, options: argparse.Namespace, **fields: Any) -> nn.Module:
+    given = {"algorithm": options.ptq_algorithm, "iterations": options.ptq_iterations}
+    fields = SCHEME | {"skip_modules": head_layers(model)} | given | fields
     return quantize_model_ptq(model.eval(), calibration_data=task.calibration(), progress=False, **fields)
 
 
@@ -296,8 +325,10 @@ def run_arm(task: Task, options: argparse.Namespace, arm: str, seed: int, rates:
     for rate in rates:
         model = freeze(prepared(base_model(task, options, arm, seed), arm, seed), arm)
         torch.manual_seed(2000 + seed)
-        scale_rate = {"scale_rate": rate} if arm == "scales" else {}
-        seconds.append(train(model, options.steps, rate, task.losses(model, seed), **scale_rate)["seconds"])
+        how: dict[str, Any] = {"scale_rate": rate} if arm == "scales" else {}
+        if arm == "grid-delay":
+            how["before_step"] = delayed(model, task, options)
+        seconds.append(train(model, options.steps, rate, task.losses(model, seed), **how)["seconds"])
         model.eval()
         value = math.inf
         if len(rates) > 1:
@@ -319,7 +350,7 @@ def judged(task: Task, options: argparse.Namespace, arm: str, seed: int, model: 
     shipped = merged(model, arm, merged_folder(options, arm, seed))
     if arm == "lora":
         shipped.save_pretrained(merged_folder(options, arm, seed))
-        return result | {"ptq": task.judge(quantize(shipped, task, "gptq"), "test")}
+        return result | {"ptq": task.judge(quantize(shipped, task, options), "test")}
     result["merged"] = task.judge(shipped, "test")
     if plain is not None:
         result["report"] = vars(model.base_model.model.merge_report)
@@ -338,14 +369,18 @@ def without_residuals(model: nn.Module) -> nn.Module:
 
 
 def merged_folder(options: argparse.Namespace, arm: str, seed: int) -> Path:
-    return options.results / f"{options.task}-{arm}-s{seed}.merged"
+    return options.results / f"{options.task}-{arm}-s{seed}{suffix(options)}.merged"
 
 
 def signround(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """What ``lora`` left, quantized with learned rounding."""
     kind = type(task.float_model(seed))
     model = kind.from_pretrained(merged_folder(options, "lora", seed), dtype=torch.float32).to(options.device)
-    return {"rate": 0.0, "train_seconds": 0.0, "ptq": task.judge(quantize(model, task, "signround"), "test")}
+    return {
+        "rate": 0.0,
+        "train_seconds": 0.0,
+        "ptq": task.judge(quantize(model, task, options, algorithm="signround"), "test"),
+    }
 
 
 TASKS: dict[str, type[Task]] = {"classification": Classification, "language": Language}
@@ -365,7 +400,10 @@ def runs(options: argparse.Namespace, wanted: list[tuple[str, int, tuple[float, 
     """The results of ``(arm, seed, rates)``: from their files, or from new processes."""
     from arms import results
 
-    calls = {f"{options.task}-{arm}-s{seed}": (run_here, (options, arm, seed, rates)) for arm, seed, rates in wanted}
+    calls = {
+        f"{options.task}-{arm}-s{seed}{suffix(options)}": (run_here, (options, arm, seed, rates))
+        for arm, seed, rates in wanted
+    }
     return results(options.results, calls, jobs=options.jobs, threads=options.threads, reuse=options.device != "cpu")
 
 
@@ -373,7 +411,9 @@ def found_of(options: argparse.Namespace, chosen: list[str]) -> dict[str, list[d
     """All seeds of all arms; the first seed tunes, and what quantizes another arm's model comes last."""
     from arms import results
 
-    results(options.results, {f"{options.task}-base": (write_base, (options,))}, threads=options.threads)
+    results(
+        options.results, {f"{options.task}-base{suffix(options)}": (write_base, (options,))}, threads=options.threads
+    )
     trained, first, others = [arm for arm in chosen if arm != "lora-signround"], options.seeds[0], options.seeds[1:]
     rates = {arm: RATES[arm][options.task == "language" :] for arm in trained}
     tuned = dict(zip(trained, runs(options, [(arm, first, rates[arm]) for arm in trained]), strict=True))
@@ -477,7 +517,7 @@ def comparisons(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         if isinstance(results[0][kind], dict) and "right" in results[0][kind]
     }
     rows = []
-    for arm in ("grid", "scales", "side"):
+    for arm in ("grid", "grid-delay", "scales", "side"):
         for other in [key for key in texts if key[0] in ("head", "lora", "nf4")]:
             if (arm, "merged") in texts:
                 against = other[0] if other[1] == "unmerged" else ", ".join(other)
@@ -525,6 +565,8 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--batch", type=int, default=0)
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--ptq-algorithm", choices=("gptq", "signround"), default="gptq")
+    parser.add_argument("--ptq-iterations", type=int, help="of signround")
     parser.add_argument("--eval-tokens", type=int, default=16384, help="0 takes all")
     parser.add_argument("--tune-tokens", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=1, help="of one arm")

@@ -140,9 +140,17 @@ def optimizer_for(model: nn.Module, rate: float, scale_rate: float = SCALE_RATE)
 
 
 def train(
-    model: nn.Module, steps: int, rate: float, losses: Iterator[Tensor], scale_rate: float = SCALE_RATE
+    model: nn.Module,
+    steps: int,
+    rate: float,
+    losses: Iterator[Tensor],
+    scale_rate: float = SCALE_RATE,
+    before_step: Callable[[int, torch.optim.Optimizer], None] | None = None,
 ) -> dict[str, Any]:
-    """AdamW, warm-up over a tenth, then linear to 0, gradients clipped to norm 1; the same for every arm."""
+    """AdamW, warm-up over a tenth, then linear to 0, gradients clipped to norm 1; the same for every arm.
+
+    ``before_step`` is called with the number of each step, from 0, and the optimizer.
+    """
     optimizer = optimizer_for(model, rate, scale_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / max(1, steps // 10), (steps - step) / steps)
@@ -150,7 +158,9 @@ def train(
     model.train()
     torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU; nothing changes on a CPU
     started, seen = time.perf_counter(), []
-    for _ in range(steps):
+    for step in range(steps):
+        if before_step is not None:
+            before_step(step, optimizer)
         loss = next(losses)
         loss.backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
