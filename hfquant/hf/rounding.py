@@ -9,6 +9,8 @@ References:
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -61,10 +63,11 @@ def round_anew(
     What is rounded are the weights as they are with rounding off, block by block, with one block in float at a time.
     Codes, scales and residuals are new afterwards, what adapters add to them is zero (``B``; ``A`` stays), and so are
     logarithms of weight scales; scales of static activations, and schemes, stay. Every parameter is the object it was.
+    Where there are several processes, all have to call it, and take what the first has found.
 
     Args:
         model: In fine-tuning with ``adapter="grid"``.
-        batches: As ``calibration_data`` of ``quantize_model_ptq``; in each of several processes the same.
+        batches: As ``calibration_data`` of ``quantize_model_ptq``.
         algorithm: ``"gptq"`` or ``"signround"``; ``None`` takes what the model was quantized with, if it is one of
             them, else ``"gptq"``.
         iterations: Of ``"signround"``; ``None`` takes those that the model was quantized with.
@@ -92,6 +95,7 @@ def round_anew(
         progress=progress,
     )
     Recalibration(model, layers, data.batches, options).run_()
+    _share_(layers)
     if optimizer is not None:
         for module in layers.values():
             for name, parameter in module.trained().items():
@@ -111,3 +115,15 @@ def _layers(model: nn.Module) -> dict[str, AdaptedModule]:
             "adapter_delay_steps"
         )
     return dict(adapted_modules(model))
+
+
+@torch.no_grad()
+def _share_(layers: dict[str, AdaptedModule]) -> None:
+    """Give every process the packed tensors of the first: sums on a GPU may differ in the last bit, and then a code."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    for module in layers.values():
+        for name in sorted(module.companions() | set(module.float_weights)):
+            parameter = module._parameters.get(name)
+            if parameter is not None and not parameter.is_floating_point():
+                dist.broadcast(parameter.view(torch.uint8), 0)  # as bytes: no backend sends int16
