@@ -13,24 +13,24 @@ language        SmolLM2-135M learns the first 60 % of the text; tuned on the nex
 
 Every arm trains as many steps of the same batches, and tries as many learning rates, with the first seed, on the part
 to tune. Quantized models are INT4 symmetric g64 with embeddings and head in float, as bitsandbytes' NF4 has them, and
-are calibrated on the part to train (GPTQ).
+are calibrated on the part to train, with --ptq-algorithm (GPTQ).
 
 head         the head alone (classification)
 lora         LoRA on the float model
-lora, ptq    that, merged, then quantized with GPTQ; lora-signround with SignRound
+lora, ptq    that, merged, then quantized with --ptq-algorithm; lora-signround with SignRound
 nf4          LoRA on bitsandbytes' NF4, and merged by PEFT
 grid         hfquant's adapter inside the rounding, merged, saved and loaded again
+grid-delay   the same without rounding for the first 0.7 of the steps, then rounded anew with --ptq-algorithm
 scales       hfquant's scales, norms and biases alone
 side         LoRA beside hfquant's codes, and merged onto the grid
 """
 
 import argparse
 import copy
-import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,20 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "examples")]
 SCHEME = {"quantization_bits": 4, "quantization_type": "weight_only", "group_size": 64, "embedding_bits": 16}
 RANK = 16
 
-ARMS = ("head", "lora", "lora-signround", "nf4", "side", "scales", "grid")
+DELAY = 0.7
+"""Share of the steps for which "grid-delay" trains without rounding."""
+
+ARMS = ("head", "lora", "lora-signround", "nf4", "side", "scales", "grid", "grid-delay")
 ADAPTER_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-RATES = dict.fromkeys(("lora", "nf4", "side", "grid"), ADAPTER_RATES) | {
+Rate = float | tuple[float, float] | list[float]
+RATES: dict[str, tuple[Rate, ...]] = dict.fromkeys(("lora", "nf4", "side", "grid"), ADAPTER_RATES) | {
+    "grid-delay": ((2e-3, 1e-3), (2e-3, 1e-2), (2e-3, 3e-2), (4e-3, 1e-2)),
     "head": (3e-4, 1e-3, 3e-3, 1e-2),
-    "scales": (1e-3, 3e-3, 1e-2, 3e-2),
+    "scales": tuple((rate, rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2)),
     "lora-signround": (0.0,),
 }
-"""Learning rates that are tried, of adapters and of the head beside them; the language model takes the three larger."""
+"""Learning rates that are tried, of adapters and of the head beside them, or of these and the logarithm of scales; the
+language model takes the last three."""
 HEADS = ("classifier", "pooler")
 """Of an encoder: float, and trained in every arm."""
 
@@ -89,7 +95,24 @@ def prepared(model: nn.Module, arm: str, seed: int) -> nn.Module:
         return add_side_adapter(model, rank=RANK)
     from hfquant import prepare_model_for_finetuning
 
-    return prepare_model_for_finetuning(model, adapter=arm, rank=RANK, progress=False)
+    return prepare_model_for_finetuning(model, adapter=arm.removesuffix("-delay"), rank=RANK, progress=False)
+
+
+def delayed(
+    model: nn.Module, task: "Task", options: argparse.Namespace
+) -> Callable[[int, torch.optim.Optimizer], None]:
+    """What "grid-delay" does before each step."""
+    from hfquant.hf.rounding import round_anew, set_rounding
+
+    delay = max(1, round(DELAY * options.steps))
+    set_rounding(model, False)
+
+    def before_step(step: int, optimizer: torch.optim.Optimizer) -> None:
+        if step == delay:
+            how = {"algorithm": options.ptq_algorithm, "iterations": options.ptq_iterations}
+            round_anew(model, task.calibration(), optimizer=optimizer, progress=False, **how)
+
+    return before_step
 
 
 def is_adapted(name: str, module: nn.Module) -> bool:
@@ -113,7 +136,7 @@ def merged(model: nn.Module, arm: str, folder: Path) -> nn.Module:
         return model.merge_and_unload()
     if arm == "side":
         model = merge_side_adapter(model)
-    elif arm in ("grid", "scales"):
+    elif arm in ("grid", "grid-delay", "scales"):
         from hfquant import merge_adapters
 
         model = merge_adapters(model)
@@ -244,7 +267,9 @@ class Language(Task):
         return AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32)
 
     def calibration(self) -> list[dict[str, Tensor]]:
-        return [{"input_ids": window.unsqueeze(0)} for window in self.parts["train"].split(512)[:32]]
+        from qat import calibration_windows
+
+        return calibration_windows(self.parts["train"])
 
     def losses(self, model: nn.Module, seed: int) -> Iterator[Tensor]:
         from qat import language_losses
@@ -267,9 +292,9 @@ def base_model(task: Task, options: argparse.Namespace, arm: str, seed: int) -> 
         heads = head_layers(model) or None
         quantize_model_ptq(model, backend="bitsandbytes", quantization_bits=4, progress=False, skip_modules=heads)
         return model
-    folder = options.results / f"{options.task}-base"
+    folder = options.results / f"{options.task}-base{suffix(options)}"
     if not (folder / "config.json").is_file():
-        quantize(copy.deepcopy(model), task, "gptq", keep_residual=True).save_pretrained(folder)
+        quantize(copy.deepcopy(model), task, options, keep_residual=True).save_pretrained(folder)
     loaded = type(model).from_pretrained(folder).to(options.device)
     new = {key: value for key, value in model.state_dict().items() if set(key.split(".")) & set(HEADS)}
     loaded.load_state_dict(new, strict=False)
@@ -280,35 +305,32 @@ def head_layers(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and set(name.split(".")) & set(HEADS)]
 
 
-def quantize(model: nn.Module, task: Task, algorithm: str, **options: Any) -> nn.Module:
-    fields = SCHEME | {"algorithm": algorithm, "skip_modules": head_layers(model)} | options
+def suffix(options: argparse.Namespace) -> str:
+    """Of the names of files that depend on how models are quantized; GPTQ has none."""
+    if options.ptq_algorithm == "gptq":
+        return ""
+    return f"-{options.ptq_algorithm}" + (f"-{options.ptq_iterations}" if options.ptq_iterations else "")
+
+
+def quantize(model: nn.Module, task: Task, options: argparse.Namespace, **fields: Any) -> nn.Module:
+    given = {"algorithm": options.ptq_algorithm, "iterations": options.ptq_iterations}
+    fields = SCHEME | {"skip_modules": head_layers(model)} | given | fields
     return quantize_model_ptq(model.eval(), calibration_data=task.calibration(), progress=False, **fields)
 
 
-def run_arm(task: Task, options: argparse.Namespace, arm: str, seed: int, rates: tuple[float, ...]) -> dict[str, Any]:
-    """Train ``arm`` at every rate, keep the best on the part to tune, and judge it as it is and as it is shipped."""
+def run_arm(task: Task, options: argparse.Namespace, arm: str, seed: int, rate: Rate, part: str) -> dict[str, Any]:
+    """Train ``arm``; judge it on the part to tune as it is, or on the part to test as it is and as it is shipped."""
     from qat import train
 
     if arm == "lora-signround":
         return signround(task, options, seed)
-    best: tuple[float, float, nn.Module] | None = None
-    tuned, seconds = {}, []
-    for rate in rates:
-        model = freeze(prepared(base_model(task, options, arm, seed), arm, seed), arm)
-        torch.manual_seed(2000 + seed)
-        scale_rate = {"scale_rate": rate} if arm == "scales" else {}
-        seconds.append(train(model, options.steps, rate, task.losses(model, seed), **scale_rate)["seconds"])
-        model.eval()
-        value = math.inf
-        if len(rates) > 1:
-            tuned[f"{rate:g}"] = task.judge(model, "tune")[task.measure]
-            value = task.sign * tuned[f"{rate:g}"]
-        if best is None or value < best[0]:
-            best = value, rate, model
-        del model
-    assert best is not None
-    result = {"rate": best[1], "tuned": tuned, "train_seconds": statistics.median(seconds)}
-    return result | judged(task, options, arm, seed, best[2])
+    model = freeze(prepared(base_model(task, options, arm, seed), arm, seed), arm)
+    torch.manual_seed(2000 + seed)
+    before_step = delayed(model, task, options) if arm == "grid-delay" else None
+    result = {"rate": rate}
+    result["train_seconds"] = train(model, options.steps, rate, task.losses(model, seed), before_step)["seconds"]
+    model.eval()
+    return result | (task.judge(model, part) if part == "tune" else judged(task, options, arm, seed, model))
 
 
 def judged(task: Task, options: argparse.Namespace, arm: str, seed: int, model: nn.Module) -> dict[str, Any]:
@@ -319,7 +341,7 @@ def judged(task: Task, options: argparse.Namespace, arm: str, seed: int, model: 
     shipped = merged(model, arm, merged_folder(options, arm, seed))
     if arm == "lora":
         shipped.save_pretrained(merged_folder(options, arm, seed))
-        return result | {"ptq": task.judge(quantize(shipped, task, "gptq"), "test")}
+        return result | {"ptq": task.judge(quantize(shipped, task, options), "test")}
     result["merged"] = task.judge(shipped, "test")
     if plain is not None:
         result["report"] = vars(model.base_model.model.merge_report)
@@ -338,21 +360,25 @@ def without_residuals(model: nn.Module) -> nn.Module:
 
 
 def merged_folder(options: argparse.Namespace, arm: str, seed: int) -> Path:
-    return options.results / f"{options.task}-{arm}-s{seed}.merged"
+    return options.results / f"{options.task}-{arm}-s{seed}{suffix(options)}.merged"
 
 
 def signround(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """What ``lora`` left, quantized with learned rounding."""
     kind = type(task.float_model(seed))
     model = kind.from_pretrained(merged_folder(options, "lora", seed), dtype=torch.float32).to(options.device)
-    return {"rate": 0.0, "train_seconds": 0.0, "ptq": task.judge(quantize(model, task, "signround"), "test")}
+    return {
+        "rate": 0.0,
+        "train_seconds": 0.0,
+        "ptq": task.judge(quantize(model, task, options, algorithm="signround"), "test"),
+    }
 
 
 TASKS: dict[str, type[Task]] = {"classification": Classification, "language": Language}
 
 
-def run_here(options: argparse.Namespace, arm: str, seed: int, rates: tuple[float, ...]) -> dict[str, Any]:
-    return run_arm(TASKS[options.task](options), options, arm, seed, rates)
+def run_here(options: argparse.Namespace, arm: str, seed: int, rate: Rate, part: str) -> dict[str, Any]:
+    return run_arm(TASKS[options.task](options), options, arm, seed, rate, part)
 
 
 def write_base(options: argparse.Namespace) -> dict[str, Any]:
@@ -361,25 +387,38 @@ def write_base(options: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
-def runs(options: argparse.Namespace, wanted: list[tuple[str, int, tuple[float, ...]]]) -> list[dict[str, Any]]:
-    """The results of ``(arm, seed, rates)``: from their files, or from new processes."""
+def runs(options: argparse.Namespace, wanted: list[tuple[str, int, Rate, str]]) -> list[dict[str, Any]]:
+    """The results of ``(arm, seed, rate, part)``: from their files, or from new processes."""
     from arms import results
+    from qat import shown
 
-    calls = {f"{options.task}-{arm}-s{seed}": (run_here, (options, arm, seed, rates)) for arm, seed, rates in wanted}
+    calls = {}
+    for arm, seed, rate, part in wanted:
+        name = f"{options.task}-{arm}-s{seed}-lr{shown(rate)}{suffix(options)}" + ("-tune" if part == "tune" else "")
+        calls[name] = run_here, (options, arm, seed, rate, part)
     return results(options.results, calls, jobs=options.jobs, threads=options.threads, reuse=options.device != "cpu")
 
 
 def found_of(options: argparse.Namespace, chosen: list[str]) -> dict[str, list[dict[str, Any]]]:
     """All seeds of all arms; the first seed tunes, and what quantizes another arm's model comes last."""
     from arms import results
+    from qat import shown
 
-    results(options.results, {f"{options.task}-base": (write_base, (options,))}, threads=options.threads)
-    trained, first, others = [arm for arm in chosen if arm != "lora-signround"], options.seeds[0], options.seeds[1:]
-    rates = {arm: RATES[arm][options.task == "language" :] for arm in trained}
-    tuned = dict(zip(trained, runs(options, [(arm, first, rates[arm]) for arm in trained]), strict=True))
-    runs(options, [(arm, seed, (tuned[arm]["rate"],)) for seed in others for arm in trained])
-    rates = {arm: (result["rate"],) for arm, result in tuned.items()} | {"lora-signround": (0.0,)}
-    return {arm: runs(options, [(arm, seed, rates[arm]) for seed in options.seeds]) for arm in chosen}
+    base = {f"{options.task}-base{suffix(options)}": (write_base, (options,))}
+    results(options.results, base, threads=options.threads)
+    task, first = TASKS[options.task], options.seeds[0]
+    rates = {arm: RATES[arm][-3 if options.task == "language" else 0 :] for arm in chosen}
+    tried = [(arm, first, rate, "tune") for arm in chosen if len(rates[arm]) > 1 for rate in rates[arm]]
+    judged = list(zip(tried, runs(options, tried), strict=True))
+    for arm in chosen:
+        own = [(task.sign * found[task.measure], rate) for (a, _, rate, _), found in judged if a == arm]
+        rates[arm] = (min(own)[1],) if own else rates[arm]
+    wanted = [(arm, seed, rates[arm][0], "test") for arm in chosen for seed in options.seeds]
+    runs(options, [one for one in wanted if one[0] != "lora-signround"])
+    found = {arm: runs(options, [one for one in wanted if one[0] == arm]) for arm in chosen}
+    for arm, results_of in found.items():
+        results_of[0]["tuned"] = {shown(rate): r[task.measure] for (a, _, rate, _), r in judged if a == arm}
+    return found
 
 
 # A tiny random model and random data, in seconds.
@@ -424,7 +463,9 @@ def smoke(given: list[str]) -> dict[str, Any]:
             options.results = Path(folder)
             task = kind(options)
             arms = [arm for arm in ARMS if (name, arm) != ("language", "head")]
-            found = {arm: [run_arm(task, options, arm, 0, RATES[arm][-1:]) | {"computed_on": ""}] for arm in arms}
+            found = {
+                arm: [run_arm(task, options, arm, 0, RATES[arm][-1], "test") | {"computed_on": ""}] for arm in arms
+            }
             tables[name] = tables_of(found, name)
     return tables
 
@@ -433,11 +474,13 @@ def smoke(given: list[str]) -> dict[str, Any]:
 
 
 def rows_of(arm: str, results: list[dict[str, Any]], measure: str) -> list[dict[str, Any]]:
+    from qat import shown
+
     kinds = [kind for kind in results[0] if isinstance(results[0][kind], dict) and measure in results[0][kind]]
     rows = []
     for kind in kinds:
         values = [result[kind][measure] for result in results]
-        row = {"arm": arm if kind == "unmerged" else f"{arm}, {kind}", "rate": f"{results[0]['rate']:g}"}
+        row = {"arm": arm if kind == "unmerged" else f"{arm}, {kind}", "rate": shown(results[0]["rate"])}
         row |= {measure: statistics.fmean(values), "seeds": len(values)}
         row["deviation"] = statistics.stdev(values) if len(values) > 1 else 0.0
         if kind == "merged" and "codes_changed" in results[0]:
@@ -477,7 +520,7 @@ def comparisons(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         if isinstance(results[0][kind], dict) and "right" in results[0][kind]
     }
     rows = []
-    for arm in ("grid", "scales", "side"):
+    for arm in ("grid", "grid-delay", "scales", "side"):
         for other in [key for key in texts if key[0] in ("head", "lora", "nf4")]:
             if (arm, "merged") in texts:
                 against = other[0] if other[1] == "unmerged" else ", ".join(other)
@@ -525,6 +568,8 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--batch", type=int, default=0)
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--ptq-algorithm", choices=("gptq", "signround"), default="gptq")
+    parser.add_argument("--ptq-iterations", type=int, help="of signround")
     parser.add_argument("--eval-tokens", type=int, default=16384, help="0 takes all")
     parser.add_argument("--tune-tokens", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=1, help="of one arm")

@@ -177,8 +177,17 @@ def optimizer_for(model: nn.Module, rate: Rate) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
-def train(model: nn.Module, steps: int, rate: Rate, losses: Iterator[Tensor]) -> dict[str, Any]:
-    """AdamW, warm-up over a tenth, then linear to 0, gradients clipped to norm 1; the same for every arm."""
+def train(
+    model: nn.Module,
+    steps: int,
+    rate: Rate,
+    losses: Iterator[Tensor],
+    before_step: Callable[[int, torch.optim.Optimizer], None] | None = None,
+) -> dict[str, Any]:
+    """AdamW, warm-up over a tenth, then linear to 0, gradients clipped to norm 1; the same for every arm.
+
+    ``before_step`` is called with the number of each step, from 0, and the optimizer.
+    """
     optimizer = optimizer_for(model, rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / max(1, steps // 10), (steps - step) / steps)
@@ -186,7 +195,9 @@ def train(model: nn.Module, steps: int, rate: Rate, losses: Iterator[Tensor]) ->
     model.train()
     torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU; nothing changes on a CPU
     started, seen = time.perf_counter(), []
-    for _ in range(steps):
+    for step in range(steps):
+        if before_step is not None:
+            before_step(step, optimizer)
         loss = next(losses)
         loss.backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)

@@ -108,6 +108,9 @@ class FinetuneState:
         alpha: Of ``"grid"``, else ``None``.
         residual: Where ``"grid"`` has the residuals from: ``"ptq"`` kept them, ``"dither"`` stands for them, or
             ``"mixed"``; else ``None``.
+        delay_steps: Optimizer steps for which the weights are not rounded yet.
+        writes_checkpoints: Whether what is saved now is a checkpoint, beside which the training state stands: its
+            packed model may be another than what is trained.
     """
 
     adapter: str
@@ -116,10 +119,13 @@ class FinetuneState:
     rank: int | None = None
     alpha: float | None = None
     residual: str | None = None
+    delay_steps: int = 0
+    writes_checkpoints: bool = False
 
     def record(self) -> dict[str, Any]:
         """What must be equal in a run and in the checkpoint it resumes from."""
         adapter = {"adapter": self.adapter, "adapter_rank": self.rank, "adapter_alpha": self.alpha}
+        adapter |= {"adapter_delay_steps": self.delay_steps}
         return {"quantization_mode": "finetune"} | adapter | {"modules": self.modules, "trained": self.trained}
 
     def summary(self, model: nn.Module) -> dict[str, Any]:

@@ -3,27 +3,37 @@
 import torch
 from torch import Tensor, nn
 
-from hfquant.errors import SchemeError
+from hfquant.errors import ConfigError, SchemeError
 from hfquant.finetune.adapted import adapted_modules
+from hfquant.nn.adapted_module import NOT_ROUNDED
 
 
 def merge_modules_(model: nn.Module) -> None:
     """Turn every module in training into the packed module it computes as, in place; no code changes.
 
     Raises:
+        ConfigError: If weights are not rounded yet.
         SchemeError: If a trained parameter is NaN or infinite.
     """
+    check_rounded(model)
     check_trained(model)
     for _, module in list(adapted_modules(model)):
         module.merge_()
 
 
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def merged_state_dict(model: nn.Module, *, checkpoint: bool = False) -> dict[str, Tensor]:
     """The state dict that ``model`` has when it is merged; training goes on.
 
+    Args:
+        model: In fine-tuning, or any other.
+        checkpoint: Weights may be such that are not rounded yet.
+
     Raises:
+        ConfigError: If weights are not rounded yet.
         SchemeError: If a trained parameter is NaN or infinite.
     """
+    if not checkpoint:
+        check_rounded(model)
     check_trained(model)
     state_dict: dict[str, Tensor] = model.state_dict()
     for name, module in adapted_modules(model):
@@ -32,6 +42,17 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
             state_dict.pop(prefix + key, None)
         state_dict |= {prefix + key: tensor for key, tensor in module.merged().items()}
     return state_dict
+
+
+def check_rounded(model: nn.Module) -> None:
+    """Refuse a model that computes with weights which are not rounded yet.
+
+    Raises:
+        ConfigError: If a module does.
+    """
+    for name, module in adapted_modules(model):
+        if not module.rounded:
+            raise ConfigError(f"{name}: {NOT_ROUNDED}")
 
 
 def check_trained(model: nn.Module) -> None:

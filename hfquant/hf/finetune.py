@@ -10,7 +10,7 @@ from transformers.utils import logging
 from hfquant.errors import ConfigError
 from hfquant.finetune.adapted import ADAPTED_AS, FinetuneState, adapted_modules
 from hfquant.finetune.grid import add_grid_adapters_
-from hfquant.finetune.merge import merge_modules_
+from hfquant.finetune.merge import check_rounded, merge_modules_
 from hfquant.finetune.scales import train_scales_
 from hfquant.hf.bitsandbytes import is_bitsandbytes
 from hfquant.hf.config import check_choice, check_integer
@@ -113,7 +113,7 @@ def merge_adapters(model: Model, *, data: Iterable[Any] | None = None) -> Any:
         ``model``; for a ``PeftModel`` the quantized model inside.
 
     Raises:
-        ConfigError: If the model is not in fine-tuning.
+        ConfigError: If the model is not in fine-tuning, or its weights are not rounded yet.
         SchemeError: If training diverged.
     """
     if hasattr(model, "merge_and_unload"):
@@ -122,6 +122,7 @@ def merge_adapters(model: Model, *, data: Iterable[Any] | None = None) -> Any:
     if state is None:
         raise ConfigError("the model is not in fine-tuning: call prepare_model_for_finetuning first")
     quantizer: HfQuantQuantizer = model.hf_quantizer  # type: ignore[assignment]
+    check_rounded(model)
     summary = state.summary(model)
     merge_modules_(model)
     quantizer.quantization_config.finetuning, quantizer.finetuning = summary, None

@@ -47,7 +47,7 @@ def load_finetune_checkpoint_(model: nn.Module, folder: Path) -> None:
     except SafetensorError as error:
         raise FormatError(f"{folder}: {error}; a file is damaged") from error
     tied = set(model.all_tied_weights_keys) if isinstance(model, PreTrainedModel) else set()
-    expected = merged_state_dict(model)
+    expected = merged_state_dict(model, checkpoint=True)
     missing, extra = sorted(expected.keys() - stored.keys() - tied), sorted(stored.keys() - expected.keys())
     if missing or extra:
         raise FormatError(

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from hfquant.errors import ConfigError, HfQuantError
 from hfquant.finetune.adapted import FinetuneState
-from hfquant.finetune.merge import merged_state_dict
+from hfquant.finetune.merge import check_rounded, merged_state_dict
 from hfquant.formats.native import SAVE_ID_KEY, content_metadata
 from hfquant.hf.bitsandbytes import BACKEND, bitsandbytes_quantizer
 from hfquant.hf.checkpoint import check_checkpoint, read_modules
@@ -226,7 +226,8 @@ class HfQuantQuantizer(HfQuantizer):
         """Called by ``save_pretrained`` first: hashes the content, and puts the save id into config and shards."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
-        state_dict = merged_state_dict(model)
+        is_checkpoint = self.finetuning is not None and self.finetuning.writes_checkpoints
+        state_dict = merged_state_dict(model, checkpoint=is_checkpoint)
         if self.finetuning is not None:
             self.quantization_config.finetuning = self.finetuning.summary(model)
         for key in model._keys_to_ignore_on_save or ():
@@ -237,6 +238,7 @@ class HfQuantQuantizer(HfQuantizer):
         return state_dict, metadata
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        check_rounded(model)
         return dequantize_in_place(model, dtype)
 
     def is_serializable(self) -> bool:

@@ -32,5 +32,6 @@ class AdaptedExperts(AdaptedModule, QuantExperts):
             bits=self.scheme.weight.bits,
             bias=None if bias is None else bias[expert],
             lora_factor=self.lora_factor,
+            rounded=self.rounded,
             **self.activation_arguments(x, name),
         )

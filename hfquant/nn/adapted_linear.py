@@ -20,5 +20,6 @@ class AdaptedLinear(AdaptedModule, QuantLinear):
             bits=self.scheme.weight.bits,
             bias=self.bias,
             lora_factor=self.lora_factor,
+            rounded=self.rounded,
             **self.activation_arguments(x),
         )

@@ -11,16 +11,20 @@ training started from. Beside ``weight [..., N, W]`` stand
 
 The codes of the current state are ``clamp(round(code + residual / 16 + alpha / rank * B @ A / weight_scale))``. Every
 state is one of a packed model; ``packed`` gives it, and all that asks a packed module for its weight gets that.
+
+While ``rounded`` is off a module computes with what is rounded there, and that packed model is not what it computes as.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from hfquant.errors import ConfigError
 from hfquant.kernels.grid_linear import GridAdapter
 from hfquant.kernels.grid_linear.reference import codes_now, lora_steps, scale_now
+from hfquant.kernels.grid_weight.reference import unrounded_weight
 from hfquant.nn.fake_quant_module import Adapter
 from hfquant.nn.packed_module import PackedModule, companion_name, keeping_precision
 from hfquant.numerics.affine import scale_to_bits
@@ -31,6 +35,11 @@ from hfquant.numerics.residual import sixteenths
 TRAINED_SUFFIXES = ("log_scale", "lora_A", "lora_B", "input_log_scale")
 """Of the parameters that train."""
 
+NOT_ROUNDED = (
+    "the weights are not rounded yet: the packed model would not be what was trained. Train on until "
+    "adapter_delay_steps are over, or call round_anew(model, batches) of hfquant.hf.rounding"
+)
+
 
 class AdaptedModule(PackedModule):
     """A packed module that trains; made by ``adapt_`` from a packed one, in place.
@@ -38,17 +47,19 @@ class AdaptedModule(PackedModule):
     Attributes:
         packed_class: The class before the swap, which the merged module has again.
         lora_factor: ``alpha / rank`` of its adapter.
+        rounded: Whether it computes with codes, and not with what an adapter makes of them before the rounding.
     """
 
     companion_suffixes: ClassVar[tuple[str, ...]] = (*PackedModule.companion_suffixes, *TRAINED_SUFFIXES)
 
     packed_class: type[PackedModule]
     lora_factor: float
+    rounded: bool
 
     @classmethod
     def adapt_(cls, module: PackedModule) -> None:
         """Turn the packed ``module`` into this class, with scales that train."""
-        module.__dict__.update({"packed_class": type(module), "lora_factor": 1.0})
+        module.__dict__.update({"packed_class": type(module), "lora_factor": 1.0, "rounded": True})
         module.__class__ = cls
         assert isinstance(module, AdaptedModule)
         for name in module.float_weights:
@@ -151,13 +162,58 @@ class AdaptedModule(PackedModule):
                 found[companion_name(name, "residual")] = kept if steps is None else sixteenths(steps - codes)
         return found
 
+    @torch.no_grad()
+    def unround_(self) -> None:
+        """Turn into the float module whose weights are those before the rounding, in ``compute_dtype``.
+
+        The parameters of the adapted module are left as they are; it is for who puts them back.
+        """
+        companions = self.companions()
+        parameters = {name: p for name, p in self._parameters.items() if name not in companions}
+        for name, weight in self.float_weights.items():
+            rows = weight.from_rows(self._unrounded(name))
+            parameters[name] = nn.Parameter(rows, requires_grad=False)
+        self._parameters, self.__class__ = parameters, self.float_class  # type: ignore[assignment]
+
+    def _unrounded(self, name: str) -> Tensor:
+        """What rounding has not seen yet ``[..., N, K]``; one expert at a time, as the forward does."""
+        adapter = self.adapter(name)
+        parts = []
+        for part in adapter.unbind() if adapter.weight.ndim == 3 else [adapter]:
+            delta = lora_steps(part.lora_a, part.lora_b, self.lora_factor, part.weight_scale)
+            assert delta is not None
+            scale, bits = scale_now(part.weight_scale, part.log_scale), self.scheme.weight.bits
+            grid = scale, part.weight_zero_point, bits
+            parts.append(unrounded_weight(part.weight, part.residual, delta, *grid, self.compute_dtype))
+        return torch.stack(parts) if adapter.weight.ndim == 3 else parts[0]
+
+    @torch.no_grad()
+    def start_anew_(self, packed: Mapping[str, Tensor]) -> None:
+        """Train on from other codes, scales and residuals, with rounding on; adapters add nothing to them yet.
+
+        Args:
+            packed: By parameter name; copied into the parameters, which optimizers and DDP hold.
+        """
+        for name, tensor in packed.items():
+            self._parameters[name].copy_(tensor)  # type: ignore[union-attr]
+        for name in self.float_weights:
+            for suffix in ("log_scale", "lora_B"):
+                self._stored(name, suffix).zero_()
+        self.rounded = True
+
     def merge_(self) -> None:
-        """Turn into the packed module it computes as: no code changes."""
+        """Turn into the packed module it computes as: no code changes.
+
+        Raises:
+            ConfigError: If it computes with weights that are not rounded.
+        """
+        if not self.rounded:
+            raise ConfigError(NOT_ROUNDED)
         merged, own = self.merged(), self.companions() | set(self.float_weights)
         parameters = {name: p for name, p in self._parameters.items() if name not in own}
         packed_class = self.packed_class
         self._parameters = parameters | {n: nn.Parameter(t, requires_grad=False) for n, t in merged.items()}
-        for attribute in ("packed_class", "lora_factor"):
+        for attribute in ("packed_class", "lora_factor", "rounded"):
             self.__dict__.pop(attribute, None)
         self.__class__ = packed_class  # type: ignore[assignment]
 

@@ -111,15 +111,14 @@ class Calibration:
     def run_(self) -> None:
         """Quantize everything that is selected, in place."""
         selection, model = self.selection, self.model
-        sizes = self._static_sizes()
+        sizes = self.static_sizes()
         data_free = {name for name in selection.schemes if self._needs_no_data(name)}
         rest = [name for name in selection.schemes if name not in data_free]
         stacks = find_stacks(model, rest)
         inside = {name for stack in stacks for name in rest if _is_in(name, stack)}
         heads = {name for name in rest if name not in inside and _is_plain_int8(selection.schemes[name])}
         data_free, rest = data_free | heads, [name for name in rest if name not in heads]
-        algorithm = self._data_free_algorithm()
-        quantize_modules_(model, _part(selection, data_free), algorithm=algorithm, store=self.store, progress=False)
+        self.quantize_data_free_(_part(selection, data_free))
         total = sum(len(stack) for stack in stacks)
         with tqdm(total=total, desc="Quantizing", unit="block", disable=not self.options.progress) as bar:
             for stack in stacks:
@@ -129,7 +128,7 @@ class Calibration:
         for name, noise in worst_layers(self.noise, sizes, selection.schemes).items():
             self._make_dynamic_(name, noise)
 
-    def _static_sizes(self) -> dict[str, int]:
+    def static_sizes(self) -> dict[str, int]:
         """Weights of each layer that is to have static activations."""
         sizes = {}
         for name, scheme in self.selection.schemes.items():
@@ -163,8 +162,10 @@ class Calibration:
         tied = name in self.selection.ties or name in self.selection.ties.values()
         return is_table or tied or (not static and self.options.algorithm not in CALIBRATED)
 
-    def _data_free_algorithm(self) -> str:
-        return "search" if self.options.algorithm in CALIBRATED else self.options.algorithm
+    def quantize_data_free_(self, part: Selection) -> None:
+        """Quantize what needs no data."""
+        algorithm = "search" if self.options.algorithm in CALIBRATED else self.options.algorithm
+        quantize_modules_(self.model, part, algorithm=algorithm, store=self.store, progress=False)
 
     def _quantize_stack_(self, stack: list[str], inside: set[str]) -> Iterator[None]:
         """Quantize one stack; yields after each block."""
@@ -189,7 +190,7 @@ class Calibration:
                         ideal = [call.with_hidden(h) for call, h in zip(calls[name], exact, strict=True)]
                     exact = [call.run(block) for call in ideal]
                 if not self._restored_(name, block, layers):
-                    self._quantize_layers_(layers, runs, masks, exact if learning else None, block)
+                    self.quantize_layers_(layers, runs, masks, exact if learning else None, block)
                     self._keep(name, block, layers)
                 if chained:
                     hidden = [call.run(block) for call in current]
@@ -232,9 +233,9 @@ class Calibration:
         if layers:
             runs = [_model_runner(self.model, batch) for batch in self.batches]
             with quiet_model(self.model):
-                self._quantize_layers_(layers, runs, self.masks, None, None)
+                self.quantize_layers_(layers, runs, self.masks, None, None)
 
-    def _quantize_layers_(
+    def quantize_layers_(
         self,
         layers: Sequence[str],
         runs: Sequence[Callable[[], Any]],

@@ -25,6 +25,9 @@ from hfquant.qat.schedule import blend_at
 RECORD = "hfquant_training.json"
 """File of a training checkpoint that says what it is."""
 
+EARLIER = {"adapter_delay_steps": 0}
+"""Fields that records of earlier versions lack, and what those did."""
+
 SAMPLED_ROWS = 256
 """Rows of each weight whose codes are watched, evenly spread."""
 
@@ -181,7 +184,7 @@ def check_resumable(folder: Path, record: Mapping[str, Any] | None) -> None:
         raise FormatError(f"{file}: expected an object, found {type(found).__name__}")
     ours = {"quantization_mode": None} if record is None else json.loads(json.dumps(record))
     for name, value in ours.items():
-        if found.get(name) != value:
+        if found.get(name, EARLIER.get(name)) != value:
             raise ConfigError(f"{folder} cannot be resumed: {_difference(name, found.get(name), value)}")
 
 

@@ -56,6 +56,8 @@ class TrainingConfig(TrainingArguments, SchemeFields):
             takes all but embeddings and output heads.
         adapter_modules_to_save: Names, parts of names or globs of float modules that train along, whole; ``None``
             takes the heads of classifiers.
+        adapter_delay_steps: Optimizer steps for which ``"grid"`` trains without rounding; then the weights are rounded
+            anew on training batches, by the calibration that quantized the model (GPTQ, unless it was SignRound).
         scale_learning_rate: Learning rate of the logarithm of scales: a relative change. 0 keeps them.
         qat_blend_steps: Optimizer steps over which quantization is blended in; 0 starts with all of it.
         calibration_batches: Training batches for static activation ranges and calibrated algorithms; with
@@ -76,6 +78,7 @@ class TrainingConfig(TrainingArguments, SchemeFields):
     adapter_dropout: float = field(default=0.0, metadata={"help": "Of the input of side adapters."})
     adapter_target_modules: list[str] | None = field(default=None, metadata={"help": "Layers that get an adapter."})
     adapter_modules_to_save: list[str] | None = field(default=None, metadata={"help": "Float modules to train."})
+    adapter_delay_steps: int = field(default=0, metadata={"help": "Steps for which grid adapters are not rounded."})
     scale_learning_rate: float = field(default=1e-3, metadata={"help": "Of the logarithm of scales."})
     qat_blend_steps: int = field(default=0, metadata={"help": "Steps over which quantization is blended in."})
     calibration_batches: int = field(default=32, metadata={"help": "Batches for static ranges and calibrated PTQ."})
@@ -96,6 +99,7 @@ class TrainingConfig(TrainingArguments, SchemeFields):
         check_choice("adapter", self.adapter, ADAPTERS)
         _check_number("adapter_rank", self.adapter_rank, int, 1, None)
         _check_number("adapter_dropout", self.adapter_dropout, float, 0, 1)
+        _check_number("adapter_delay_steps", self.adapter_delay_steps, int, 0, None)
         _check_number("scale_learning_rate", self.scale_learning_rate, float, 0, None)
         _check_number("qat_blend_steps", self.qat_blend_steps, int, 0, None)
         _check_number("calibration_batches", self.calibration_batches, int, 1, None)
@@ -104,6 +108,11 @@ class TrainingConfig(TrainingArguments, SchemeFields):
             raise ConfigError(
                 f"adapter_dropout={self.adapter_dropout} with adapter={self.adapter!r}: what is rounded cannot be "
                 "dropped at random, or the saved codes were never computed with; use adapter='side', or 0"
+            )
+        if self.adapter_delay_steps and not (self.enable_quantized_finetuning and self.adapter == "grid"):
+            raise ConfigError(
+                f"adapter_delay_steps={self.adapter_delay_steps} needs enable_quantized_finetuning=True and "
+                "adapter='grid', which trains inside the rounding"
             )
         if not self.distillation_temperature > 0:
             raise ConfigError(f"distillation_temperature={self.distillation_temperature!r}: expected more than 0")

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hfquant.errors import ConfigError, FormatError
+from hfquant.finetune.merge import check_rounded
 from hfquant.formats.headers import read_headers
 from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.finetune import finetune_state
@@ -77,7 +79,7 @@ class QuantTrainer(StagedCheckpoints):
             self._prepare()
         if self._mode == "finetune" and self.args.adapter != "side":
             self._freeze_scales()
-            self.callback_handler.callbacks.insert(0, SavingFinetuneCallback())
+            self._delay_rounding()
             if self.args.gradient_checkpointing and isinstance(self.model, PreTrainedModel):
                 self.model.enable_input_require_grads()  # reentrant checkpoints need it: the embeddings are frozen
 
@@ -104,34 +106,43 @@ class QuantTrainer(StagedCheckpoints):
         # First, so that what it adds to the logs is there for every other callback.
         self.callback_handler.callbacks.insert(0, QatCallback(blend_steps=args.qat_blend_steps, convert=False))
 
+    def _delay_rounding(self) -> None:
+        steps, state = self.args.adapter_delay_steps, finetune_state(self.model)
+        assert state is not None
+        state.delay_steps = steps  # which a checkpoint has to agree with before training begins
+        callback = SavingFinetuneCallback(steps, partial(self._first_batches, shared=True))
+        self.callback_handler.callbacks.insert(0, callback)
+
     def _freeze_scales(self) -> None:
         if self.args.scale_learning_rate == 0:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad and not name.endswith(SCALE_SUFFIX))
 
     def _calibration_batches(self, config: HfQuantConfig) -> Iterator[Any] | None:
-        """The first batches of the training data, in order; ``None`` where no data is needed.
+        """What calibration of a float model sees; ``None`` where it needs no data.
 
-        All processes take the same for calibrated algorithms, whose codes must be equal; for static ranges, whose
-        maximum over all is taken, each takes its share.
+        For static ranges of quantization-aware training, of which the maximum over all processes is taken, each takes
+        its share.
         """
         calibrated = config.resolved_algorithm in CALIBRATED
         if not calibrated and not _is_static(config):
             return None
-        if self.train_dataset is None:
-            raise ConfigError("calibration needs train_dataset: static ranges and calibrated algorithms start from it")
-        together = calibrated or self._mode == "ptq"
-        rank, processes = (0, 1) if together else (self.args.process_index, self.args.world_size)
-        return self._first_batches(rank, processes)
+        return self._first_batches(shared=calibrated or self._mode == "ptq")
 
-    def _first_batches(self, rank: int, processes: int) -> Iterator[Any]:
+    def _first_batches(self, *, shared: bool) -> Iterator[Any]:
+        """The first batches of the training data, in order; each process takes its share, or the same if ``shared``."""
+        if self.train_dataset is None:
+            raise ConfigError("calibration needs train_dataset: static ranges and calibrated codes come from it")
         loader = DataLoader(
             self.train_dataset,
             batch_size=self.args.train_batch_size,
             collate_fn=self._get_collator_with_removed_columns(self.data_collator, "calibration"),
             generator=torch.Generator(),
         )
+        rank, processes = (0, 1) if shared else (self.args.process_index, self.args.world_size)
         with torch.random.fork_rng():
+            if shared:
+                torch.manual_seed(self.args.seed)  # for collators that draw, in every process and after resuming
             yield from islice(loader, rank, self.args.calibration_batches * processes, processes)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -242,6 +253,8 @@ class QuantTrainer(StagedCheckpoints):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         record, folder = training_record(self.model, self.args), Path(output_dir or self.args.output_dir)
+        if not self._saves_checkpoint:
+            check_rounded(self.model)
         packs = finetune_state(self.model) is not None
         if state_dict is not None and (packs or (qat_state(self.model) is not None and not self._saves_checkpoint)):
             raise ConfigError(

@@ -21,6 +21,7 @@ from hfquant import (
     prepare_model_qat,
     quantize_model_ptq,
 )
+from hfquant.hf.rounding import round_anew, set_rounding
 from hfquant.nn.swap import packed_modules
 from hfquant.numerics.metrics import sqnr_db
 from hfquant.qat.prepare import fake_quant_modules
@@ -153,16 +154,21 @@ def test_trained_is_converted(name: str, bits: int, kind: str, variant: str, tmp
         assert all(torch.equal(c, found[k]) for k, c in codes_of(type(model).from_pretrained(tmp_path)).items())
 
 
-@pytest.mark.parametrize("adapter", ["grid", "scales", "side"])
+@pytest.mark.parametrize("adapter", ["grid", "grid-delay", "scales", "side"])
 @pytest.mark.parametrize(("bits", "kind"), TYPES, ids=str)
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral"])
 def test_finetuned_and_merged(name: str, bits: int, kind: str, adapter: str, tmp_path: Path) -> None:
     if (name, adapter) == ("mixtral", "side"):
         pytest.skip("PEFT has no adapters on packed experts")
     model = quantized(name, quantization_bits=bits, quantization_type=kind)
-    model = prepare_model_for_finetuning(model, adapter, rank=4, progress=False)
+    model = prepare_model_for_finetuning(model, adapter.removesuffix("-delay"), rank=4, progress=False)
+    if adapter == "grid-delay":
+        set_rounding(model, False)
     losses = train_(model, name)
     assert losses[-1] < losses[0]
+    if adapter == "grid-delay":
+        round_anew(model, [TINY[name].inputs()], progress=False)
+        train_(model, name)
     model.eval()
     with torch.no_grad():
         before = outputs(model, name)
@@ -183,6 +189,7 @@ def test_finetuned_and_merged(name: str, bits: int, kind: str, adapter: str, tmp
         {"quantization_mode": "qat", "quantization_bits": 4, "quantization_type": "weight_only"},
         {"quantization_mode": "qat", "quantization_bits": 8, "quantization_type": "dynamic"},
         {"enable_quantized_finetuning": True, "adapter": "grid"},
+        {"enable_quantized_finetuning": True, "adapter": "grid", "adapter_delay_steps": 1},
         {"enable_quantized_finetuning": True, "adapter": "scales"},
         {"enable_quantized_finetuning": True, "adapter": "side"},
     ],

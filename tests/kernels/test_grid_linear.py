@@ -33,6 +33,7 @@ class Case:
     lora: bool = True
     residual: bool = True
     dtype: torch.dtype = torch.float32
+    rounded: bool = True
     trains: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,6 +64,7 @@ class Case:
 
     def run(self, given: dict[str, Tensor]) -> Tensor:
         arguments = {"lora_factor": FACTOR, "bits": self.bits, "bias": given["bias"], **flags(self.kind)}
+        arguments["rounded"] = self.rounded
         if self.kind == "static":
             arguments |= {"input_scale": self.input_scale, "input_log_scale": given["input_log_scale"]}
         return grid_linear(given["x"], self.adapter(given), **arguments)
@@ -80,11 +82,14 @@ class Case:
             steps = steps + FACTOR * given["b"] @ given["a"] / initial
             if self.kept is not None:
                 steps = steps + unpack(self.kept, bits=4, length=K).to(dtype) / 16
-        # the rounded steps are the op's own, so that a tie cannot fall to the other side in another dtype
-        rounded = through(self.steps(), steps).clamp(*code_range(self.bits))
+        if self.rounded:
+            # the rounded steps are the op's own, so that a tie cannot fall to the other side in another dtype
+            steps = through(self.steps(), steps).clamp(*code_range(self.bits))
+        else:
+            scale = scale.detach()  # scales wait for the rounding
         if self.zero is not None:
-            rounded = rounded - unpack(self.zero, bits=self.bits, length=K // GROUP).repeat_interleave(GROUP, 1)
-        weight = rounded * scale.repeat_interleave(GROUP, 1)
+            steps = steps - unpack(self.zero, bits=self.bits, length=K // GROUP).repeat_interleave(GROUP, 1)
+        weight = steps * scale.repeat_interleave(GROUP, 1)
         return self.activations(given) @ weight.t() + given["bias"]
 
     def activations(self, given: dict[str, Tensor]) -> Tensor:
@@ -135,6 +140,7 @@ def through(value: Tensor, passes: Tensor) -> Tensor:
 
 torch.manual_seed(0)  # one draw in 200 is beyond a bound of this page, and what was imported before decided which
 CASES = [Case(b, k, symmetric=s, lora=l) for b, k, s, l in product([4, 8], KINDS, [True, False], [True, False])]
+UNROUNDED = [Case(b, k, symmetric=s, rounded=False) for b, k, s in product([4, 8], KINDS, [True, False])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -152,6 +158,32 @@ def test_values_are_those_of_the_merged_weight(case: Case, dtype: torch.dtype) -
     assert torch.equal(out, LINEAR_OPS[case.bits](case.trains["x"], *merged, **arguments))
 
 
+@pytest.mark.parametrize("case", UNROUNDED, ids=lambda c: f"int{c.bits}-{c.kind}-{c.symmetric}")
+def test_without_rounding_it_computes_with_what_would_be_rounded(case: Case) -> None:
+    oracle, plain = case.leaves(torch.float64), case.leaves()
+    assert_close(case.run(case.trains), case.formula(oracle), case.formula(plain))
+    rounded = Case(case.bits, case.kind, case.symmetric)
+    rounded.__dict__.update(case.__dict__ | {"rounded": True})
+    assert not torch.allclose(rounded.run(case.trains), case.run(case.trains), rtol=1e-3)
+    case_without = Case(case.bits, case.kind, case.symmetric, lora=False, rounded=False)
+    values = case_without.run(case_without.trains)  # no adapter: nothing is rounded
+    case_without.rounded = True
+    assert torch.equal(values, case_without.run(case_without.trains))
+
+
+@pytest.mark.parametrize("case", UNROUNDED, ids=lambda c: f"int{c.bits}-{c.kind}-{c.symmetric}")
+def test_gradients_without_rounding_are_those_of_the_formula_in_float64(case: Case) -> None:
+    found, oracle, plain = case.leaves(), case.leaves(torch.float64), case.leaves()
+    upstream = torch.randn(5, N)
+    case.run(found).backward(upstream)
+    case.formula(oracle).backward(upstream.double())
+    case.formula(plain).backward(upstream)
+    assert bool((found.pop("log_scale").grad == 0).all())
+    for name, leaf in found.items():
+        assert bool((leaf.grad != 0).any()), name
+        assert_close(leaf.grad, oracle[name].grad, plain[name].grad, factor=GRADIENT_FACTOR)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"int{c.bits}-{c.kind}-{c.symmetric}-{c.lora}")
 def test_gradients_are_those_of_the_formula_in_float64(case: Case) -> None:
     found, oracle, plain = case.leaves(), case.leaves(torch.float64), case.leaves()
@@ -167,13 +199,18 @@ def test_gradients_are_those_of_the_formula_in_float64(case: Case) -> None:
         assert_close(leaf.grad, oracle[name].grad, plain[name].grad, factor=GRADIENT_FACTOR)
 
 
+@pytest.mark.parametrize("rounded", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_in_float64_gradients_are_exact(bits: int) -> None:
-    case = Case(bits, "weight_only", dtype=torch.float64)
+def test_in_float64_gradients_are_exact(bits: int, rounded: bool) -> None:
+    case = Case(bits, "weight_only", dtype=torch.float64, rounded=rounded)
     found, oracle = case.leaves(), case.leaves()
+    if not rounded:
+        found["log_scale"], oracle["log_scale"] = case.trains["log_scale"], case.trains["log_scale"]
     for leaves, run in ((found, case.run), (oracle, case.formula)):
         run(leaves).square().sum().backward()
     for name, leaf in found.items():
+        if not leaf.requires_grad:
+            continue
         assert leaf.grad.dtype == torch.float64
         assert torch.allclose(leaf.grad, oracle[name].grad, rtol=1e-9, atol=1e-12), name
 
@@ -191,8 +228,9 @@ def test_bfloat16_activations_have_gradients_near_the_formula() -> None:
         assert float((leaf.grad.double() - oracle[name].grad).abs().max()) <= limit, name
 
 
-def test_nothing_dense_is_kept_for_the_backward_pass() -> None:
-    case = Case(4, "weight_only")
+@pytest.mark.parametrize("rounded", [True, False])
+def test_nothing_dense_is_kept_for_the_backward_pass(rounded: bool) -> None:
+    case = Case(4, "weight_only", rounded=rounded)
     kept: list[int] = []
     leaves = case.leaves()
     known = {t.data_ptr() for t in (*leaves.values(), case.codes, case.scale, case.kept)}
@@ -223,7 +261,8 @@ def test_opcheck() -> None:
         leaves = case.leaves()
         inputs = case.input_scale, leaves.get("input_log_scale")
         arguments = (leaves["x"], *case.adapter(leaves), *inputs, leaves["bias"], FACTOR, False, False, case.bits)
-        torch.library.opcheck(torch.ops.hfquant.grid_linear.default, arguments)
+        for rounded in (True, False):
+            torch.library.opcheck(torch.ops.hfquant.grid_linear.default, (*arguments, rounded))
 
 
 def test_int8_and_asymmetric_grid_weights_are_refused_where_they_do_not_fit() -> None:

@@ -113,13 +113,13 @@ def test_finetune_at_smoke_size(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = finetune.main(["--smoke"])
     for task, measure in (("language", "perplexity"), ("classification", "accuracy")):
         rows = {row["arm"]: row for row in tables[task]["rows"]}
-        for arm in ("nf4", "side", "grid", "scales"):
+        for arm in ("nf4", "side", "grid", "grid-delay", "scales"):
             assert rows[arm][measure] > 0
             assert rows[f"{arm}, merged"][measure] > 0
         assert rows["grid"][measure] == pytest.approx(rows["grid, merged"][measure], rel=1e-5)
         assert {"lora", "lora, ptq", "lora-signround, ptq"} <= rows.keys()
     assert {row["arm"] for row in tables["classification"]["paired"]} == {
-        f"{a}, merged" for a in ("grid", "scales", "side")
+        f"{a}, merged" for a in ("grid", "grid-delay", "scales", "side")
     }
 
 

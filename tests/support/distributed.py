@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,7 +28,14 @@ def connect(rank: int, world: int, folder: str) -> None:
 
 
 def train_steps(
-    model: nn.Module, layers: Iterable[nn.Module], rank: int, world: int, *, sharded: bool, unused: bool = False
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    rank: int,
+    world: int,
+    *,
+    sharded: bool,
+    unused: bool = False,
+    before_step: Callable[[int, torch.optim.Optimizer], None] = lambda step, optimizer: None,
 ) -> Tensor:
     """Losses of a few steps of SGD, each over all processes' shares of a batch; FSDP2 if ``sharded``, else DDP."""
     wrapped = model
@@ -42,7 +49,8 @@ def train_steps(
     batches = torch.randint(3, 128, (STEPS, ROWS, 8), generator=torch.Generator().manual_seed(1))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     losses = []
-    for batch in batches[:, rank::world]:
+    for step, batch in enumerate(batches[:, rank::world]):
+        before_step(step, optimizer)
         logits = wrapped(input_ids=batch).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()

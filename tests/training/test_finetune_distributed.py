@@ -14,7 +14,8 @@ WORKER = """
 import sys, torch
 from safetensors.torch import save_file
 torch.set_num_threads(1)
-from hfquant import prepare_model_for_finetuning
+from hfquant import ConfigError, prepare_model_for_finetuning
+from hfquant.hf.rounding import round_anew, set_rounding
 from hfquant.finetune.adapted import adapted_modules
 from tests.support.distributed import connect, train_steps
 from tests.support.finetune import packed_model
@@ -35,6 +36,26 @@ for adapter, scheme, name in RUNS:
             found |= {f"{kind}.{n}": p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
         elif world > 1:
             assert type(layers[0].self_attn.q_proj.weight).__name__ == "DTensor"
+            try:
+                set_rounding(model, False)
+                raise AssertionError("a sharded model cannot be rounded anew")
+            except ConfigError as error:
+                assert "sharded" in str(error) or adapter == "scales"
+for name in ("llama-tied", "mixtral"):
+    model = packed_model(name).double()
+    prepare_model_for_finetuning(model, rank=4, progress=False)
+    set_rounding(model, False)
+    data = [{"input_ids": torch.arange(3 + i, 19 + i).unsqueeze(0)} for i in range(3)]
+    def before_step(step, optimizer):
+        if step == 3:
+            # the first process decides, should the others come to something else
+            round_anew(model, data[::-1] if rank and name == "mixtral" else data, optimizer=optimizer, progress=False)
+    kind = f"delay-{name}-ddp"
+    found[f"{kind}.losses"] = train_steps(
+        model, model.model.layers, rank, world, sharded=False, unused=name == "mixtral", before_step=before_step)
+    found |= {f"{kind}.codes.{n}.{k}": m.codes(k) for n, m in adapted_modules(model) for k in m.float_weights}
+    found |= {f"{kind}.{n}": p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    found |= {f"{kind}.codes.{n}": p.detach().clone() for n, p in model.named_parameters() if p.dtype == torch.int16}
 save_file(found, f"{folder}/{world}-{rank}.safetensors")
 """
 
@@ -61,6 +82,7 @@ def test_two_processes_of_the_trainer_write_one_checkpoint(tmp_path: Path) -> No
     launch = f"-m torch.distributed.run --standalone --nproc_per_node 2 {ROOT}/examples/07_finetune_quantized.py"
     words = f"--model {tmp_path}/int4 --context 16 --output_dir {tmp_path}/out --use_cpu --ddp_backend gloo"
     words += " --adapter grid --adapter_rank 4 --max_steps 4 --save_steps 2 --learning_rate 1e-2 --report_to none"
+    words += " --enable_quantized_finetuning --adapter_delay_steps 3 --calibration_batches 2"
     printed = run_launched(launch, words)
     assert printed.count("same logits as in training: True") == 1
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-2", "checkpoint-4", "final"]

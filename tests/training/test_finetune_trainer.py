@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import Trainer
 
 from hfquant import (
@@ -110,15 +111,24 @@ FILES = (
 )
 
 
+def sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of what a checkpoint holds; of tensors, not of headers, whose order differs."""
+    """SHA-256 of what a checkpoint holds; of tensors, not of headers, whose order differs, nor of a pickle's keys."""
     found = {}
     for name in FILES:
         if not (folder / name).is_file():
             continue
         if name.endswith(".safetensors"):
             for key, tensor in load_file(folder / name).items():
-                found[f"{name} {key}"] = hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
+                found[f"{name} {key}"] = sha256(tensor)
+        elif name == "optimizer.pt":
+            content = torch.load(folder / name)
+            states = [(i, key, t) for i, state in content["state"].items() for key, t in state.items()]
+            found |= {f"{name} {place} {i} {key}": sha256(t) for place, (i, key, t) in enumerate(states)}
+            found[name] = repr(content["param_groups"])
         else:
             found[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     return found

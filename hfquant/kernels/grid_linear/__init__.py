@@ -59,14 +59,14 @@ def _fake_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 define_op(
-    f"grid_linear(Tensor x, {_ADAPTER}, Tensor? bias, float lora_factor, bool dynamic, bool asymmetric, int bits) "
-    "-> Tensor",
+    f"grid_linear(Tensor x, {_ADAPTER}, Tensor? bias, float lora_factor, bool dynamic, bool asymmetric, int bits, "
+    "bool rounded) -> Tensor",
     reference=grid_linear_reference,
     fake=lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
 )
 define_op(
     f"grid_linear_backward(Tensor grad, Tensor x, {_ADAPTER}, float lora_factor, bool dynamic, bool asymmetric, "
-    "int bits, bool needs_x, bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int bits, bool rounded, bool needs_x, bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=grid_linear_backward_reference,
     fake=_fake_backward,
 )
@@ -76,15 +76,16 @@ PLACES = (0, 4, 6, 7, 9)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, bias, factor, dynamic, asymmetric, bits = inputs
+    *tensors, bias, factor, dynamic, asymmetric, bits, rounded = inputs
     ctx.save_for_backward(*tensors)
-    ctx.arguments, ctx.bias_dtype = (factor, dynamic, asymmetric, bits), None if bias is None else bias.dtype
+    ctx.arguments = factor, dynamic, asymmetric, bits, rounded
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     wanted, tensors = ctx.needs_input_grad, ctx.saved_tensors
     needs_x, needs_weight = wanted[0] or wanted[9], wanted[4] or wanted[6]
-    grads: list[Tensor | None] = [None] * 15
+    grads: list[Tensor | None] = [None] * 16
     if needs_x or needs_weight:
         found = torch.ops.hfquant.grid_linear_backward(grad, *tensors, *ctx.arguments, needs_x, needs_weight)
         for place, value in zip(PLACES, found, strict=True):
@@ -108,6 +109,7 @@ def grid_linear(
     input_scale: Tensor | None = None,
     input_log_scale: Tensor | None = None,
     lora_factor: float = 1.0,
+    rounded: bool = True,
 ) -> Tensor:
     """What ``int4_linear`` or ``int8_linear`` computes on the merged weight, bit for bit, with gradients.
 
@@ -117,6 +119,10 @@ def grid_linear(
     of the dense weight and ``m = 1`` where a code is not clipped, the gradient of ``B @ A`` is
     ``lora_factor * m * s / initial * G``, straight through the rounding, and that of ``u`` is exact:
     ``s * sum(G * (codes - zero_point))`` over the group.
+
+    With ``rounded=False`` an adapter's codes are neither rounded nor clipped: the weight is
+    ``s * (codes + residual / 16 + lora_factor * lora_b @ lora_a / initial - zero_point)``, as delayed quantization
+    trains it at first. ``m`` is 1, and the gradient of ``u`` is 0: scales wait for the rounding, which chooses others.
 
     Args:
         x: Activations ``[..., K]``.
@@ -128,14 +134,17 @@ def grid_linear(
         input_scale: Bit pattern of the static activation scale ``[1]``, int16; makes activations static INT8.
         input_log_scale: ``u`` of the static activation scale ``[1]``.
         lora_factor: ``alpha / rank``.
+        rounded: Compute with codes; without an adapter it makes no difference.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``.
 
     References:
         Bondarenko et al. 2024 (LR-QAT), eq. 5 to 7, https://arxiv.org/abs/2406.06385 (adapters inside the rounding);
-        Kim et al. 2023 (PEQA), https://arxiv.org/abs/2305.14152 (scales).
+        Kim et al. 2023 (PEQA), https://arxiv.org/abs/2305.14152 (scales); Jacob et al. 2018, section 3.1,
+        https://arxiv.org/abs/1712.05877 (delayed quantization).
     """
     scales = (input_scale, input_log_scale)
-    out: Tensor = torch.ops.hfquant.grid_linear(x, *adapter, *scales, bias, lora_factor, dynamic, asymmetric, bits)
+    activations = (lora_factor, dynamic, asymmetric)
+    out: Tensor = torch.ops.hfquant.grid_linear(x, *adapter, *scales, bias, *activations, bits, rounded)
     return out

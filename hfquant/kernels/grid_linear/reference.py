@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from hfquant.kernels.grid_weight.reference import grid_codes
+from hfquant.kernels.grid_weight.reference import grid_codes, unrounded_weight
 from hfquant.kernels.int8_linear.reference import linear_on_codes
 from hfquant.kernels.quantize_rows.reference import quantized_values
 from hfquant.numerics.affine import scale_from_bits, split_groups
@@ -28,6 +28,7 @@ def grid_linear_reference(
     dynamic: bool,
     asymmetric: bool,
     bits: int,
+    rounded: bool,
 ) -> Tensor:
     """See ``hfquant.kernels.grid_linear.grid_linear``."""
     bias = None if bias is None else bias.to(x.dtype)
@@ -35,9 +36,10 @@ def grid_linear_reference(
         scale = scale_now(weight_scale, log_scale)
         input_scale = input_scale_now(input_scale, input_log_scale)
         delta = lora_steps(lora_a, lora_b, lora_factor, weight_scale)
-        if delta is not None and not dynamic and input_scale is None:
-            values = torch.ops.hfquant.grid_weight(weight, residual, delta, scale, zero_point, bits, x.dtype)
-            return linear(x, values, bias)
+        if delta is not None and not (rounded and (dynamic or input_scale is not None)):
+            packed = weight, residual, delta, scale, zero_point, bits, rounded
+            values = _values(*packed, dtype=x.dtype, length=x.shape[-1])
+            return linear(quantized_values(x, input_scale, dynamic, asymmetric), values, bias)
         codes = codes_now(weight, residual, delta, bits=bits, length=x.shape[-1])
         zero = unpacked_zero(zero_point, scale, bits)
         return linear_on_codes(x, codes, scale, zero, input_scale, bias, dynamic, asymmetric)
@@ -59,6 +61,7 @@ def grid_linear_backward_reference(
     dynamic: bool,
     asymmetric: bool,
     bits: int,
+    rounded: bool,
     needs_x: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -68,16 +71,15 @@ def grid_linear_backward_reference(
     with torch.autocast(x.device.type, enabled=False):
         scale, delta = scale_now(weight_scale, log_scale), lora_steps(lora_a, lora_b, lora_factor, weight_scale)
         input_scale = input_scale_now(input_scale, input_log_scale)
-        packed = weight, residual, delta, scale, zero_point, bits
+        packed = weight, residual, delta, scale, zero_point, bits, rounded
         if needs_x:
             grad_x = grad_rows @ _values(*packed, dtype=grad.dtype, length=x.shape[-1])
             if input_scale is not None:
                 grad_x, grad_input_scale = activation_gradients(grad_x, rows, input_scale)
             grad_x = grad_x.view(x.shape)
         if needs_weight:
-            inputs = quantized_values(rows, input_scale, dynamic, asymmetric)
-            wide = torch.promote_types(x.dtype, log_scale.dtype)
-            grad_weight = (grad_rows.t() @ inputs).to(torch.promote_types(wide, torch.float32))
+            wide = torch.promote_types(torch.promote_types(x.dtype, log_scale.dtype), torch.float32)
+            grad_weight = (grad_rows.t() @ quantized_values(rows, input_scale, dynamic, asymmetric)).to(wide)
             grad_delta, grad_scale = _weight_gradients(grad_weight, *packed)
             if lora_a is not None and lora_b is not None:
                 grad_delta = in_units_(grad_delta, weight_scale)
@@ -129,14 +131,17 @@ def _values(
     scale: Tensor,
     zero_point: Tensor | None,
     bits: int,
+    rounded: bool,
     *,
     dtype: torch.dtype,
     length: int,
 ) -> Tensor:
-    """The dense weight ``[N, K]`` of the current state."""
+    """The dense weight ``[N, K]`` of the current state; without an adapter there is nothing to round."""
     if delta is None:
         codes = unpack(weight, bits=bits, length=length)
         return row_values(codes, scale, unpacked_zero(zero_point, scale, bits), dtype=dtype)
+    if not rounded:
+        return unrounded_weight(weight, residual, delta, scale, zero_point, bits, dtype)
     out: Tensor = torch.ops.hfquant.grid_weight(weight, residual, delta, scale, zero_point, bits, dtype)
     return out
 
@@ -149,8 +154,12 @@ def _weight_gradients(
     scale: Tensor,
     zero_point: Tensor | None,
     bits: int,
+    rounded: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the product inside the rounding (empty if there is none) and of ``log_scale``."""
+    if delta is not None and not rounded:
+        grad_delta = split_groups(grad, grad.shape[-1] // scale.shape[-1]) * scale.unsqueeze(-1)
+        return grad_delta.view(grad.shape), grad.new_zeros(scale.shape)
     if delta is not None:
         grad_delta, grad_scale = torch.ops.hfquant.grid_weight_backward(
             grad, weight, residual, delta, scale.to(grad.dtype), zero_point, bits

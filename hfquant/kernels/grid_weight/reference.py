@@ -44,10 +44,29 @@ def grid_weight_backward_reference(
 
 def grid_steps(codes: Tensor, residual: Tensor | None, delta: Tensor, *, bits: int) -> Tensor:
     """``round(codes + residual / 16 + delta)`` before clipping, ``[N, K]``, float32 or wider; codes are added first."""
+    return float_steps(codes, residual, delta, bits=bits).round_()
+
+
+def float_steps(codes: Tensor, residual: Tensor | None, delta: Tensor, *, bits: int) -> Tensor:
+    """``codes + residual / 16 + delta``, what is rounded, ``[N, K]``, float32 or wider; codes are added first."""
     steps = unpack(codes, bits=bits, length=delta.shape[-1]).to(torch.promote_types(delta.dtype, torch.float32))
     if residual is not None:
         steps.add_(unpack(residual, bits=4, length=delta.shape[-1]), alpha=1 / 16)
-    return steps.add_(delta).round_()
+    return steps.add_(delta)
+
+
+def unrounded_weight(
+    codes: Tensor,
+    residual: Tensor | None,
+    delta: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``(codes + residual / 16 + delta - zero_point) * scale [N, K]``: the weight without rounding and clipping."""
+    steps = split_groups(float_steps(codes, residual, delta, bits=bits), delta.shape[-1] // scale.shape[-1])
+    return _from_zero(steps, zero_point, scale, bits).mul_(scale.unsqueeze(-1)).to(dtype).view(delta.shape)
 
 
 def grid_codes(codes: Tensor, residual: Tensor | None, delta: Tensor, *, bits: int) -> Tensor:
