@@ -292,9 +292,11 @@ def base_model(task: Task, options: argparse.Namespace, arm: str, seed: int) -> 
         heads = head_layers(model) or None
         quantize_model_ptq(model, backend="bitsandbytes", quantization_bits=4, progress=False, skip_modules=heads)
         return model
-    folder = options.results / f"{options.task}-base{suffix(options)}"
+    # What is rounded anew starts from nearest codes: residuals say where a weight lies within half a step of its code.
+    search = {"algorithm": "search", "iterations": None} if arm == "grid-delay" else {}
+    folder = options.results / f"{options.task}-base{'-search' if search else suffix(options)}"
     if not (folder / "config.json").is_file():
-        quantize(copy.deepcopy(model), task, options, keep_residual=True).save_pretrained(folder)
+        quantize(copy.deepcopy(model), task, options, keep_residual=True, **search).save_pretrained(folder)
     loaded = type(model).from_pretrained(folder).to(options.device)
     new = {key: value for key, value in model.state_dict().items() if set(key.split(".")) & set(HEADS)}
     loaded.load_state_dict(new, strict=False)
@@ -315,7 +317,8 @@ def suffix(options: argparse.Namespace) -> str:
 def quantize(model: nn.Module, task: Task, options: argparse.Namespace, **fields: Any) -> nn.Module:
     given = {"algorithm": options.ptq_algorithm, "iterations": options.ptq_iterations}
     fields = SCHEME | {"skip_modules": head_layers(model)} | given | fields
-    return quantize_model_ptq(model.eval(), calibration_data=task.calibration(), progress=False, **fields)
+    data = None if fields["algorithm"] == "search" else task.calibration()
+    return quantize_model_ptq(model.eval(), calibration_data=data, progress=False, **fields)
 
 
 def run_arm(task: Task, options: argparse.Namespace, arm: str, seed: int, rate: Rate, part: str) -> dict[str, Any]:
@@ -382,8 +385,9 @@ def run_here(options: argparse.Namespace, arm: str, seed: int, rate: Rate, part:
 
 
 def write_base(options: argparse.Namespace) -> dict[str, Any]:
-    """Quantize the model that the quantized arms start from."""
-    base_model(TASKS[options.task](options), options, "grid", options.seeds[0])
+    """Quantize the models that the quantized arms start from."""
+    for arm in ("grid", "grid-delay"):
+        base_model(TASKS[options.task](options), options, arm, options.seeds[0])
     return {}
 
 
