@@ -74,15 +74,15 @@ class Recalibration(Calibration):
     def _float(self, names: Collection[str]) -> Iterator[None]:
         """Float modules in place of adapted ones, which take what has become of those in the end, if all goes well."""
         schemes, before = self.selection.schemes, {}
-        for name in names:
-            module = self.layers[name]
-            module.__dict__.pop("input_observer", None)
-            before[name] = type(module), dict(module.__dict__)
-            # Activations are not its business, and training starts from the residual, whether it is saved or not.
-            schemes[name] = replace(module.scheme, activation=None, residual=True)
-            module.unround_()
         packed: dict[str, dict[str, Tensor]] = {}
         try:
+            for name in names:
+                module = self.layers[name]
+                module.__dict__.pop("input_observer", None)
+                before[name] = type(module), dict(module.__dict__)
+                # Activations are not its business, and training starts from the residual, whether it is saved or not.
+                schemes[name] = replace(module.scheme, activation=None, residual=True)
+                module.unround_()
             yield
             packed = {name: _packed(self.layers[name]) for name in names}
         finally:

@@ -120,11 +120,10 @@ def test_the_same_batches_in_every_process_whatever_was_drawn_before(tmp_path: P
         data_collator=Draws(),
     )
     state = torch.get_rng_state()
-    first = list(made._calibration_batches(shared=True))
+    first = list(made._first_batches(shared=True))
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(8)
-    object.__setattr__(made.args, "distributed_state", None)
-    second = list(made._calibration_batches(shared=True))
+    second = list(made._first_batches(shared=True))
     assert len(first) == len(second) == 2
     assert all(torch.equal(a[key], b[key]) for a, b in zip(first, second, strict=True) for key in a)
     assert torch.equal(first[1]["labels"], torch.stack([row["labels"] for row in examples()[2:4]]))
