@@ -74,8 +74,9 @@ ENCODER_ARMS = (
     "torchao-g64",
 )
 SCALE_RATE = 1e-3
-Rate = float | tuple[float, float] | list[float]
-"""A learning rate, and that of the logarithm of scales where it is not ``SCALE_RATE``."""
+EPSILON = 1e-8
+Rate = float | tuple[float, ...] | list[float]
+"""A learning rate; or it, that of the logarithm of scales, and Adam's epsilon for all else."""
 RATES: dict[str, tuple[Rate, ...]] = {
     "qat-full-signround": ((1e-5, 1e-3), (1e-5, 1e-2), (3e-5, 1e-2)),
     "qat-lora-signround": ((3e-4, 1e-3), (3e-4, 1e-2), (1e-3, 1e-2)),
@@ -169,11 +170,14 @@ def is_quantized_linear(module: nn.Module, name: str) -> bool:
 
 
 def optimizer_for(model: nn.Module, rate: Rate) -> torch.optim.Optimizer:
-    rate, scale_rate = (rate, SCALE_RATE) if isinstance(rate, (int, float)) else rate
+    """AdamW. With an epsilon above most gradients a weight moves by its gradient's size, not only by its sign."""
+    given = [rate] if isinstance(rate, (int, float)) else list(rate)
+    rate, scale_rate, epsilon = given + [rate, SCALE_RATE, EPSILON][len(given) :]
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     scales = [p for name, p in named if name.endswith("_log_scale")]
     others = [p for name, p in named if not name.endswith("_log_scale")]
-    groups = [{"params": others, "lr": rate}] + ([{"params": scales, "lr": scale_rate}] if scales else [])
+    groups: list[dict[str, Any]] = [{"params": others, "lr": rate, "eps": epsilon}]
+    groups += [{"params": scales, "lr": scale_rate}] if scales else []
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
