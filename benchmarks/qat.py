@@ -38,6 +38,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaCo
 
 from hfquant import convert_model_qat, prepare_model_qat, quantize_model_ptq
 from hfquant.evaluation.compare import compare_models, sentence_similarity, spearman
+from hfquant.hf.qat import qat_state
 from hfquant.qat.distill import distillation_loss
 from hfquant.qat.prepare import fake_quant_modules, keep_codes
 
@@ -77,11 +78,13 @@ SCALE_RATE = 1e-3
 EPSILON = 1e-8
 Rate = float | tuple[float, ...] | list[float]
 """A learning rate; or it, that of the logarithm of scales, and Adam's epsilon for all else."""
-RATES: dict[str, tuple[Rate, ...]] = {
-    "qat-full-signround": ((1e-5, 1e-3), (1e-5, 1e-2), (3e-5, 1e-2)),
+PLAIN_RATES: tuple[Rate, ...] = (1e-5, 3e-5, 1e-4)
+LANGUAGE_RATES: dict[str, tuple[Rate, ...]] = {
+    "qat-full-signround": ((3e-4, 1e-3, 2e-4), (3e-4, 3e-4, 2e-4), (1e-3, 1e-3, 2e-4)),
     "qat-lora-signround": ((3e-4, 1e-3), (3e-4, 1e-2), (1e-3, 1e-2)),
+    "torchao": (1e-4, 3e-4, (3e-4, 1e-3, 2e-4)),
 }
-"""Learning rates that are tried where they differ from --rates, as many."""
+"""Learning rates that are tried where they differ from --rates and ``PLAIN_RATES``, as many."""
 CALIBRATED = ("gptq", "signround")
 
 
@@ -90,8 +93,8 @@ def is_trained(arm: str) -> bool:
 
 
 def start_of(arm: str) -> str | None:
-    """The calibrated PTQ that the training of ``arm`` starts from; ``None`` for the search."""
-    return next((algorithm for algorithm in CALIBRATED if arm.startswith("qat") and algorithm in arm), None)
+    """The calibrated PTQ that ``arm`` of the language model is, or trains from; ``None`` for the search."""
+    return next((algorithm for algorithm in CALIBRATED if algorithm in arm), None)
 
 
 def scheme_of(task: str, arm: str) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def prepared(model: nn.Module, arm: str, scheme: dict[str, Any], start: str | No
         from torchao.quantization.qat import QATConfig
 
         quantize_(model, QATConfig(torchao_config(scheme), step="prepare"), filter_fn=is_quantized_linear)
-    elif arm.startswith("qat"):
+    elif arm.startswith("qat") or start is not None:
         variant = "lora" if "lora" in arm else "full"
         quick = {} if start is None else {"algorithm": "rtn"}
         prepare_model_qat(model, progress=False, variant=variant, **scheme | quick)
@@ -144,8 +147,8 @@ def converted(model: nn.Module, arm: str, scheme: dict[str, Any], options: Any, 
         from torchao.quantization.qat import QATConfig
 
         quantize_(model, QATConfig(torchao_config(scheme), step="convert"), filter_fn=is_quantized_linear)
-    elif arm.startswith("qat"):
-        convert_model_qat(model)
+    elif arm.startswith("qat") or qat_state(model) is not None:
+        convert_model_qat(model)  # before any training it is what PTQ makes (tests/qat/test_prepare.py)
     elif arm.startswith("zero-step"):
         quantize_model_ptq(model, progress=False, **scheme)  # where QAT starts: the search
     elif arm.startswith("ptq"):
@@ -392,7 +395,7 @@ def recovery_rows(options: argparse.Namespace, task: str, chosen: list[str], mea
     """Tune with the first seed, all arms as often, then run every seed."""
     from arms import results
 
-    starts = dict.fromkeys(start for arm in chosen if (start := start_of(arm)) is not None)
+    starts = dict.fromkeys(start for arm in chosen if task == "language" and (start := start_of(arm)) is not None)
     calls = {f"language-start-{start}": (write_start, (options, start)) for start in starts}
     results(options.results, calls, jobs=options.jobs, threads=options.threads)
     sign, rates = (1 if task == "language" else -1), dict[str, Rate]()
@@ -400,7 +403,7 @@ def recovery_rows(options: argparse.Namespace, task: str, chosen: list[str], mea
     tried = [
         (arm, options.seeds[0], rate, "tune")
         for arm in trained
-        for rate in options.rates or RATES.get(arm, (1e-5, 3e-5, 1e-4))
+        for rate in options.rates or (LANGUAGE_RATES.get(arm, PLAIN_RATES) if task == "language" else PLAIN_RATES)
     ]
     tuned = runs(options, task, tried)
     for arm in trained:
