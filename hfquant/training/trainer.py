@@ -34,6 +34,9 @@ from hfquant.training.staged_checkpoints import StagedCheckpoints
 
 SCALE_SUFFIX = "_log_scale"
 
+SCALE_EPSILON = 1e-8
+"""Adam's epsilon for the logarithm of scales, whatever ``adam_epsilon`` is."""
+
 AVERAGING = re.compile(r"EMA|SWA|Averag")
 """In the class name of a callback: it averages weights."""
 
@@ -185,8 +188,10 @@ class QuantTrainer(StagedCheckpoints):
         if scales and not given:
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in scales]
-            rate = self.args.scale_learning_rate
-            optimizer.add_param_group({"params": list(scales.values()), "lr": rate, "weight_decay": 0.0})
+            group = {"params": list(scales.values()), "lr": self.args.scale_learning_rate, "weight_decay": 0.0}
+            if "eps" in optimizer.defaults:  # adam_epsilon may be there to move weights by the size of their gradients
+                group["eps"] = SCALE_EPSILON
+            optimizer.add_param_group(group)
         return optimizer
 
     def compute_loss(

@@ -59,7 +59,8 @@ def assert_scales_have_a_group(made: QuantTrainer, rate: float) -> None:
     """The optimizer has every parameter that trains once, and those of scales in a group of their own."""
     made.create_optimizer()
     group = made.optimizer.param_groups[-1]
-    assert (group["lr"], group["weight_decay"]) == (rate, 0.0)
+    assert (group["lr"], group["weight_decay"], group["eps"]) == (rate, 0.0, 1e-8)
+    assert made.optimizer.param_groups[0]["eps"] == made.args.adam_epsilon
     assert {id(p) for p in group["params"]} == {
         id(p) for name, p in made.model.named_parameters() if name.endswith("_log_scale")
     }

@@ -125,7 +125,7 @@ def test_autocast_trains_and_saves_what_it_trained(tmp_path: Path) -> None:
 
 
 def test_scales_have_their_own_learning_rate(tmp_path: Path) -> None:
-    made = trainer(tmp_path, weight_decay=0.1, scale_learning_rate=5e-4, **QAT4)
+    made = trainer(tmp_path, weight_decay=0.1, adam_epsilon=1e-4, scale_learning_rate=5e-4, **QAT4)
     assert_scales_have_a_group(made, 5e-4)
     frozen = trainer(tmp_path, scale_learning_rate=0, **QAT4)
     assert not any(p.requires_grad for n, p in frozen.model.named_parameters() if n.endswith("_log_scale"))
