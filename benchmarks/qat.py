@@ -80,7 +80,8 @@ Rate = float | tuple[float, ...] | list[float]
 """A learning rate; or it, that of the logarithm of scales, and Adam's epsilon for all else."""
 PLAIN_RATES: tuple[Rate, ...] = (1e-5, 3e-5, 1e-4)
 LANGUAGE_RATES: dict[str, tuple[Rate, ...]] = {
-    "qat-full-signround": ((3e-4, 1e-3, 2e-4), (3e-4, 3e-4, 2e-4), (1e-3, 1e-3, 2e-4)),
+    "qat-full-gptq": ((1e-4, 0.0, 2e-4), (3e-4, 0.0, 2e-4), (1e-3, 0.0, 2e-4)),
+    "qat-full-signround": ((1e-6, 1e-4), (3e-6, 1e-4), (1e-5, 1e-4)),
     "qat-lora-signround": ((3e-4, 1e-3), (3e-4, 1e-2), (1e-3, 1e-2)),
     "torchao": (1e-4, 3e-4, (3e-4, 1e-3, 2e-4)),
 }
@@ -173,14 +174,20 @@ def is_quantized_linear(module: nn.Module, name: str) -> bool:
 
 
 def optimizer_for(model: nn.Module, rate: Rate) -> torch.optim.Optimizer:
-    """AdamW. With an epsilon above most gradients a weight moves by its gradient's size, not only by its sign."""
+    """AdamW. With an epsilon above most gradients a weight moves by its gradient's size, not only by its sign.
+
+    Such an epsilon is for weights with a grid; norms and tables, which few steps that large would spoil, stay then.
+    """
     given = [rate] if isinstance(rate, (int, float)) else list(rate)
     rate, scale_rate, epsilon = given + [rate, SCALE_RATE, EPSILON][len(given) :]
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     scales = [p for name, p in named if name.endswith("_log_scale")]
     others = [p for name, p in named if not name.endswith("_log_scale")]
+    if epsilon > EPSILON:
+        linear = {id(m.weight) for name, m in model.named_modules() if is_quantized_linear(m, name)}
+        others = [p for p in others if id(p) in linear]
     groups: list[dict[str, Any]] = [{"params": others, "lr": rate, "eps": epsilon}]
-    groups += [{"params": scales, "lr": scale_rate}] if scales else []
+    groups += [{"params": scales, "lr": scale_rate}] if scales and scale_rate else []
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
@@ -391,6 +398,10 @@ def run_elsewhere(options: argparse.Namespace, task: str, *wanted: Any) -> dict[
     return found
 
 
+def rates_of(options: argparse.Namespace, task: str, arm: str) -> tuple[Rate, ...]:
+    return tuple(options.rates) or (LANGUAGE_RATES.get(arm, PLAIN_RATES) if task == "language" else PLAIN_RATES)
+
+
 def recovery_rows(options: argparse.Namespace, task: str, chosen: list[str], measure: str) -> list[dict[str, Any]]:
     """Tune with the first seed, all arms as often, then run every seed."""
     from arms import results
@@ -400,14 +411,12 @@ def recovery_rows(options: argparse.Namespace, task: str, chosen: list[str], mea
     results(options.results, calls, jobs=options.jobs, threads=options.threads)
     sign, rates = (1 if task == "language" else -1), dict[str, Rate]()
     trained = [arm for arm in chosen if is_trained(arm)]
-    tried = [
-        (arm, options.seeds[0], rate, "tune")
-        for arm in trained
-        for rate in options.rates or (LANGUAGE_RATES.get(arm, PLAIN_RATES) if task == "language" else PLAIN_RATES)
-    ]
+    tries = {arm: rates_of(options, task, arm) for arm in trained}
+    tried = [(arm, options.seeds[0], rate, "tune") for arm in trained if len(tries[arm]) > 1 for rate in tries[arm]]
     tuned = runs(options, task, tried)
     for arm in trained:
-        rates[arm] = min((f for f in tuned if f["arm"] == arm), key=lambda f: sign * f[measure])["rate"]
+        own = [found for found in tuned if found["arm"] == arm]
+        rates[arm] = min(own, key=lambda f: sign * f[measure])["rate"] if own else tries[arm][0]
     # The language model's PTQ is the same for every seed; an encoder is another one.
     wanted = [
         (arm, seed, rates.get(arm, 0.0), "test")
