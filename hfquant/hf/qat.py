@@ -77,8 +77,9 @@ def prepare_model_qat(
     Parameters keep their names and identity; make optimizers afterwards, because learned scales join them.
 
     With ``algorithm="gptq"``, ``"signround"`` or ``"awq"`` training starts where that calibrated PTQ ends: weights
-    become those that it rounds, so that the first step computes what ``quantize_model_ptq`` would ship. Meanwhile a
-    copy of the model is in memory. Distil from a copy of the float model then: the weights are not its own any more.
+    become those that it rounds, so that the first step computes what ``quantize_model_ptq`` would ship (bit for bit
+    where weights are float32, which rounding them to bfloat16 can end). Meanwhile a copy of the model is in memory.
+    Distil from a copy of the float model then: the weights are not its own any more.
 
     Args:
         model: Float model, a ``PreTrainedModel`` or any ``nn.Module``.
