@@ -12,29 +12,36 @@ classification  MiniLM on sentence polarity (Pang and Lee 2005), one split for a
 language        SmolLM2-135M learns the first 60 % of the text; tuned on the next 10 %, judged on the last 30 %.
 
 Every arm trains as many steps of the same batches, and tries as many learning rates, with the first seed, on the part
-to tune. Quantized models are INT4 symmetric g64 with embeddings and head in float, as bitsandbytes' NF4 has them, and
-are calibrated on the part to train, with --ptq-algorithm (GPTQ).
+to tune; what was trained is kept in a file, so the best rate's model is not trained again to be judged on the part to
+test. Quantized models are INT4 symmetric g64 with embeddings and head in float, as bitsandbytes' NF4 has them, and are
+calibrated on the part to train, with --ptq-algorithm (GPTQ).
 
 head         the head alone (classification)
 lora         LoRA on the float model
 lora, ptq    that, merged, then quantized with --ptq-algorithm; lora-signround with SignRound
 nf4          LoRA on bitsandbytes' NF4, and merged by PEFT
 grid         hfquant's adapter inside the rounding, merged, saved and loaded again
-grid-delay   the same without rounding for the first 0.7 of the steps, then rounded anew with --ptq-algorithm
+grid-delay   the same without rounding for the first 0.7 of the steps, then rounded anew with --ptq-algorithm; what it
+             has then is kept in a file too: up to there nothing depends on the learning rate of scales
 scales       hfquant's scales, norms and biases alone
 side         LoRA beside hfquant's codes, and merged onto the grid
 """
 
 import argparse
 import copy
+import itertools
+import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -66,7 +73,7 @@ ARMS = ("head", "lora", "lora-signround", "nf4", "side", "scales", "grid", "grid
 ADAPTER_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 Rate = float | tuple[float, float] | list[float]
 RATES: dict[str, tuple[Rate, ...]] = dict.fromkeys(("lora", "nf4", "side", "grid"), ADAPTER_RATES) | {
-    "grid-delay": ((2e-3, 1e-3), (2e-3, 1e-2), (2e-3, 3e-2), (4e-3, 1e-2)),
+    "grid-delay": ((4e-3, 3e-3), (2e-3, 1e-3), (2e-3, 3e-3), (2e-3, 1e-2)),
     "head": (3e-4, 1e-3, 3e-3, 1e-2),
     "scales": tuple((rate, rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2)),
     "lora-signround": (0.0,),
@@ -96,23 +103,6 @@ def prepared(model: nn.Module, arm: str, seed: int) -> nn.Module:
     from hfquant import prepare_model_for_finetuning
 
     return prepare_model_for_finetuning(model, adapter=arm.removesuffix("-delay"), rank=RANK, progress=False)
-
-
-def delayed(
-    model: nn.Module, task: "Task", options: argparse.Namespace
-) -> Callable[[int, torch.optim.Optimizer], None]:
-    """What "grid-delay" does before each step."""
-    from hfquant.hf.rounding import round_anew, set_rounding
-
-    delay = max(1, round(DELAY * options.steps))
-    set_rounding(model, False)
-
-    def before_step(step: int, optimizer: torch.optim.Optimizer) -> None:
-        if step == delay:
-            how = {"algorithm": options.ptq_algorithm, "iterations": options.ptq_iterations}
-            round_anew(model, task.calibration(), optimizer=optimizer, progress=False, **how)
-
-    return before_step
 
 
 def is_adapted(name: str, module: nn.Module) -> bool:
@@ -177,7 +167,8 @@ class Task:
     def calibration(self) -> list[dict[str, Tensor]]:
         raise NotImplementedError
 
-    def losses(self, model: nn.Module, seed: int) -> Iterator[Tensor]:
+    def losses(self, model: nn.Module, seed: int, skip: int = 0) -> Iterator[Tensor]:
+        """Of the batches in their order, without the first ``skip``."""
         raise NotImplementedError
 
     def judge(self, model: nn.Module, part: str) -> dict[str, Any]:
@@ -214,7 +205,12 @@ class Classification(Task):
     def calibration(self) -> list[dict[str, Tensor]]:
         return [dict(batched([ids])) for ids, _ in self.parts["train"][:128]]
 
-    def losses(self, model: nn.Module, seed: int) -> Iterator[Tensor]:
+    def losses(self, model: nn.Module, seed: int, skip: int = 0) -> Iterator[Tensor]:
+        for rows in itertools.islice(self.batches(seed), skip, None):
+            labels = torch.tensor([label for _, label in rows], device=model.device)
+            yield cross_entropy(model(**batched([ids for ids, _ in rows]).to(model.device)).logits, labels)
+
+    def batches(self, seed: int) -> Iterator[list[tuple[list[int], int]]]:
         """Batches of sentences of like length, in random order."""
         data, generator = self.parts["train"], torch.Generator().manual_seed(seed)
         while True:
@@ -225,9 +221,7 @@ class Classification(Task):
             ]
             batches = [pool[i : i + self.batch] for pool in pools for i in range(0, len(pool), self.batch)]
             for chosen in torch.randperm(len(batches), generator=generator).tolist():
-                rows = [data[j] for j in batches[chosen]]
-                labels = torch.tensor([label for _, label in rows], device=model.device)
-                yield cross_entropy(model(**batched([ids for ids, _ in rows]).to(model.device)).logits, labels)
+                yield [data[j] for j in batches[chosen]]
 
     @torch.no_grad()
     def judge(self, model: nn.Module, part: str) -> dict[str, Any]:
@@ -271,10 +265,10 @@ class Language(Task):
 
         return calibration_windows(self.parts["train"])
 
-    def losses(self, model: nn.Module, seed: int) -> Iterator[Tensor]:
+    def losses(self, model: nn.Module, seed: int, skip: int = 0) -> Iterator[Tensor]:
         from qat import language_losses
 
-        return language_losses(model, model, self.parts["train"], self.options, "-ce", seed)
+        return language_losses(model, model, self.parts["train"], self.options, "-ce", seed, skip)
 
     def judge(self, model: nn.Module, part: str) -> dict[str, Any]:
         return {"perplexity": perplexity(model, self.parts[part], context=512, progress=False).perplexity}
@@ -323,17 +317,86 @@ def quantize(model: nn.Module, task: Task, options: argparse.Namespace, **fields
 
 def run_arm(task: Task, options: argparse.Namespace, arm: str, seed: int, rate: Rate, part: str) -> dict[str, Any]:
     """Train ``arm``; judge it on the part to tune as it is, or on the part to test as it is and as it is shipped."""
-    from qat import train
-
     if arm == "lora-signround":
         return signround(task, options, seed)
+    model, seconds = trained(task, options, arm, seed, rate)
+    found = task.judge(model, part) if part == "tune" else judged(task, options, arm, seed, model)
+    return {"rate": rate, "train_seconds": seconds} | found
+
+
+def trained(task: Task, options: argparse.Namespace, arm: str, seed: int, rate: Rate) -> tuple[nn.Module, float]:
+    """``arm`` after its training, and the seconds this took; from its file, if it has one."""
+    from qat import train
+
     model = freeze(prepared(base_model(task, options, arm, seed), arm, seed), arm)
-    torch.manual_seed(2000 + seed)
-    before_step = delayed(model, task, options) if arm == "grid-delay" else None
-    result = {"rate": rate}
-    result["train_seconds"] = train(model, options.steps, rate, task.losses(model, seed), before_step)["seconds"]
-    model.eval()
-    return result | (task.judge(model, part) if part == "tune" else judged(task, options, arm, seed, model))
+    file = options.results / f"{run_name(options, arm, seed, rate)}.safetensors"
+    if not file.is_file():
+        done, before = 0, 0.0
+        if arm == "grid-delay":
+            done, before = delayed_steps(options), write_rounded(options, seed, rate, task)["seconds"]
+            load(model, arm, rounded_file(options, seed, rate))
+        torch.manual_seed(2000 + seed)
+        losses = task.losses(model, seed, done)
+        seconds = before + train(model, options.steps, rate, losses, range(done, options.steps))["seconds"]
+        keep(model, arm, file, seconds)
+    return model.eval(), load(model, arm, file)
+
+
+def delayed_steps(options: argparse.Namespace) -> int:
+    return max(1, round(DELAY * options.steps))
+
+
+def rounded_file(options: argparse.Namespace, seed: int, rate: Rate) -> Path:
+    return options.results / f"{run_name(options, 'grid-delay', seed, adapter_rate(rate))}-rounded.safetensors"
+
+
+def adapter_rate(rate: Rate) -> float:
+    return rate if isinstance(rate, float) else rate[0]
+
+
+def write_rounded(options: argparse.Namespace, seed: int, rate: Rate, task: Task | None = None) -> dict[str, Any]:
+    """Keep what "grid-delay" has once its weights are rounded; from there on its optimizer is a new one."""
+    from qat import train
+
+    from hfquant.hf.rounding import round_anew, set_rounding
+
+    task, file = task or TASKS[options.task](options), rounded_file(options, seed, rate)
+    arm, steps = "grid-delay", range(delayed_steps(options))
+    model = freeze(prepared(base_model(task, options, arm, seed), arm, seed), arm)
+    if not file.is_file():
+        set_rounding(model, False)
+        torch.manual_seed(2000 + seed)
+        started = time.perf_counter()
+        train(model, options.steps, adapter_rate(rate), task.losses(model, seed), steps)
+        how = {"algorithm": options.ptq_algorithm, "iterations": options.ptq_iterations}
+        round_anew(model, task.calibration(), progress=False, **how)
+        keep(model, arm, file, time.perf_counter() - started)
+    return {"seconds": load(model, arm, file)}
+
+
+def keep(model: nn.Module, arm: str, file: Path, seconds: float) -> None:
+    """Write what ``arm`` trains, or all of a model whose codes may be others than its base's."""
+    metadata, unfinished = {"seconds": str(seconds)}, f"{file}.{os.getpid()}"
+    if arm == "grid-delay":
+        save_model(model, unfinished, metadata)
+    else:
+        tensors = {name: p.data.contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        save_file(tensors, unfinished, metadata)
+    os.replace(unfinished, file)
+
+
+def load(model: nn.Module, arm: str, file: Path) -> float:
+    """Give ``model`` what ``keep`` wrote; returns the seconds of its training."""
+    with safe_open(file, "pt") as kept:
+        seconds = float(kept.metadata()["seconds"])
+    if arm == "grid-delay":
+        load_model(model, file)
+        return seconds
+    tensors, parameters = load_file(file), dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+    return seconds
 
 
 def judged(task: Task, options: argparse.Namespace, arm: str, seed: int, model: nn.Module) -> dict[str, Any]:
@@ -360,6 +423,12 @@ def without_residuals(model: nn.Module) -> nn.Module:
     for _, module in packed_modules(model):
         module._parameters.pop("weight_residual", None)
     return model
+
+
+def run_name(options: argparse.Namespace, arm: str, seed: int, rate: Rate) -> str:
+    from qat import shown
+
+    return f"{options.task}-{arm}-s{seed}-lr{shown(rate)}{suffix(options)}"
 
 
 def merged_folder(options: argparse.Namespace, arm: str, seed: int) -> Path:
@@ -394,13 +463,18 @@ def write_base(options: argparse.Namespace) -> dict[str, Any]:
 def runs(options: argparse.Namespace, wanted: list[tuple[str, int, Rate, str]]) -> list[dict[str, Any]]:
     """The results of ``(arm, seed, rate, part)``: from their files, or from new processes."""
     from arms import results
-    from qat import shown
 
-    calls = {}
+    calls, first = {}, {}
     for arm, seed, rate, part in wanted:
-        name = f"{options.task}-{arm}-s{seed}-lr{shown(rate)}{suffix(options)}" + ("-tune" if part == "tune" else "")
-        calls[name] = run_here, (options, arm, seed, rate, part)
-    return results(options.results, calls, jobs=options.jobs, threads=options.threads, reuse=options.device != "cpu")
+        calls[run_name(options, arm, seed, rate) + ("-tune" if part == "tune" else "")] = (
+            run_here,
+            (options, arm, seed, rate, part),
+        )
+        if arm == "grid-delay":
+            first[rounded_file(options, seed, rate).stem] = write_rounded, (options, seed, rate)
+    how = {"jobs": options.jobs, "threads": options.threads, "reuse": options.device != "cpu"}
+    results(options.results, first, **how)
+    return results(options.results, calls, **how)
 
 
 def found_of(options: argparse.Namespace, chosen: list[str]) -> dict[str, list[dict[str, Any]]]:

@@ -19,6 +19,7 @@ cost      One optimizer step at 4 micro-batches of SmolLM2: full training with a
 
 import argparse
 import copy
+import itertools
 import json
 import resource
 import statistics
@@ -192,26 +193,24 @@ def optimizer_for(model: nn.Module, rate: Rate) -> torch.optim.Optimizer:
 
 
 def train(
-    model: nn.Module,
-    steps: int,
-    rate: Rate,
-    losses: Iterator[Tensor],
-    before_step: Callable[[int, torch.optim.Optimizer], None] | None = None,
+    model: nn.Module, steps: int, rate: Rate, losses: Iterator[Tensor], only: range | None = None
 ) -> dict[str, Any]:
     """AdamW, warm-up over a tenth, then linear to 0, gradients clipped to norm 1; the same for every arm.
 
-    ``before_step`` is called with the number of each step, from 0, and the optimizer.
+    ``only`` are those of the ``steps`` that are taken.
     """
+    taken = range(steps) if only is None else only
     optimizer = optimizer_for(model, rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / max(1, steps // 10), (steps - step) / steps)
-    )
+
+    def factor(done: int) -> float:
+        step = taken.start + done
+        return min((step + 1) / max(1, steps // 10), (steps - step) / steps)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     model.train()
     torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU; nothing changes on a CPU
     started, seen = time.perf_counter(), []
-    for step in range(steps):
-        if before_step is not None:
-            before_step(step, optimizer)
+    for _ in taken:
         loss = next(losses)
         loss.backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
@@ -219,7 +218,7 @@ def train(
         optimizer.zero_grad()
         schedule.step()
         seen.append(loss.detach())
-    first, *_, last = float(seen[0]), float(torch.stack(seen[-5:]).mean())
+    first, last = float(seen[0]), float(torch.stack(seen[-5:]).mean())
     torch.set_float32_matmul_precision("highest")
     return {"seconds": time.perf_counter() - started, "loss_first": first, "loss_last": last}
 
@@ -245,10 +244,15 @@ def split_ids(options: argparse.Namespace, source: Path) -> dict[str, Tensor]:
     return parts
 
 
-def language_losses(model: nn.Module, teacher: nn.Module, ids: Tensor, options: Any, arm: str, seed: int) -> Iterator:
+def language_losses(
+    model: nn.Module, teacher: nn.Module, ids: Tensor, options: Any, arm: str, seed: int, skip: int = 0
+) -> Iterator:
+    """The losses of random batches but the first ``skip``."""
     generator = torch.Generator().manual_seed(seed)
-    while True:
+    for number in itertools.count():
         starts = torch.randint(0, len(ids) - options.context, (options.batch,), generator=generator)
+        if number < skip:
+            continue
         batch = torch.stack([ids[start : start + options.context] for start in starts.tolist()]).to(options.device)
         logits = model(batch).logits[:, :-1]
         if arm.endswith("-ce"):

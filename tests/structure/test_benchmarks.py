@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,39 @@ def test_finetune_at_smoke_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["arm"] for row in tables["classification"]["paired"]} == {
         f"{a}, merged" for a in ("grid", "grid-delay", "scales", "side")
     }
+
+
+@pytest.mark.parametrize("arm", ["lora", "nf4", "scales", "grid", "grid-delay"])
+def test_finetune_keeps_what_it_has_trained(arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    finetune = load("finetune")
+    given = ["language", "--steps", "3", "--batch", "2", "--context", "16", "--results", str(tmp_path)]
+    options, rate = finetune.arguments(given), (1e-2, 1e-2)
+    task = finetune.SmokeLanguage(options)
+    logits, inputs = [], task.parts["test"][:16].unsqueeze(0)
+    for _ in range(2):
+        model, seconds = finetune.trained(task, options, arm, 0, rate)
+        monkeypatch.setattr("qat.train", None)  # the second time is from the file
+        with torch.no_grad():
+            logits.append(model(inputs).logits)
+        assert seconds > 0
+    assert torch.equal(*logits)
+    with torch.no_grad():
+        untrained = finetune.prepared(finetune.base_model(task, options, arm, 0), arm, 0).eval()(inputs).logits
+    assert not torch.equal(logits[0], untrained)
+
+
+def test_losses_go_on_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    finetune = load("finetune")
+    for name, kind in finetune.SMOKE.items():
+        options = finetune.arguments([name, "--batch", "4", "--context", "16"])
+        task = kind(options)
+        model = task.float_model(0).eval()
+        with torch.no_grad():
+            whole = list(itertools.islice(task.losses(model, seed=0), 5))
+            assert torch.equal(torch.stack(list(itertools.islice(task.losses(model, 0, 3), 2))), torch.stack(whole[3:]))
+        assert len({float(loss) for loss in whole}) > 1
 
 
 def test_paired_bootstrap() -> None:
