@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from hfquant.nn.swap import packed_modules
+from hfquant.numerics.packing import unpack
+
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -105,6 +108,23 @@ def test_qat_at_smoke_size(monkeypatch: pytest.MonkeyPatch) -> None:
     results = qat.main(["--smoke", "--threads", "1"])
     assert all(results[arm] > 0 for arm in ("zero-step", "ptq-gptq", "qat-full", "qat-lora"))
     assert results["cost"]["peak_bytes"] > 0
+
+
+def test_fewer_levels_are_codes_of_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    qat, scheme = importlib.import_module("qat"), {"quantization_type": "dynamic", "group_size": -1}
+    torch.manual_seed(0)
+    ids, scheme = torch.arange(60).view(2, 30), {"quantization_bits": 4, "embedding_bits": 16, **scheme}
+    model = qat.prepared(qat.tiny_llama(), "qat-full-2bit", scheme)
+    qat.train(model, 2, 1e-2, (model(ids).logits.square().mean() for _ in range(2)))
+    codes = {name: module.codes() for name, module in qat.fake_quant_modules(model)}
+    assert {int(code) for values in codes.values() for code in values.unique()} == {-2, -1, 0, 1}
+    with torch.no_grad():
+        trained = model.eval()(ids).logits
+        shipped = qat.converted(model, "qat-full-2bit", scheme, None, None)
+        assert torch.equal(shipped(ids).logits, trained)
+    for name, module in packed_modules(shipped):
+        assert torch.equal(unpack(module.packed().weight, bits=4, length=codes[name].shape[-1]), codes[name])
 
 
 @pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit linear:UserWarning")
