@@ -19,8 +19,16 @@ SOURCES = sorted(str(path) for path in Path("hfquant/kernels/cpu").glob("*.cpp")
 HEADERS = sorted(str(path) for path in Path("hfquant/kernels/cpu").glob("*.h"))
 KIND = os.environ.get("HFQUANT_BUILD", "release")
 # Contracting a product and a sum would round once where the reference rounds twice.
+# No code looks at floating-point exceptions; without them a compiler may compute both sides of a choice, in vectors.
 # The warnings are about GCC's own headers, which leave undefined vectors undefined.
-FLAGS = ["-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi", "-Wno-uninitialized"]
+FLAGS = [
+    "-std=c++17",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+    "-Wno-uninitialized",
+]
 FLAGS += ["-Wno-maybe-uninitialized"] if platform.system() == "Linux" else []
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 

@@ -15,11 +15,12 @@ from hfquant.errors import KernelError
 from hfquant.kernels import native
 from hfquant.kernels.dequantize import dequantize_weight
 from hfquant.kernels.dispatch import choices
+from hfquant.kernels.fake_quantize.reference import fake_quantize_backward_reference, fake_quantize_reference
 from hfquant.kernels.grid_weight.reference import grid_weight_backward_reference, grid_weight_reference
 from hfquant.kernels.int8_linear.reference import quant_linear_reference
 from hfquant.kernels.quantize_rows import quantize_rows
 from hfquant.kernels.quantize_rows.reference import quantize_rows_reference
-from hfquant.numerics.affine import code_range, scale_to_bits
+from hfquant.numerics.affine import code_range, round_scale, scale_to_bits
 from hfquant.numerics.packing import pack
 from tests.support.linear_case import DTYPES, INTEGER_KINDS, KINDS, LinearCase
 from tests.support.packed import pack_
@@ -191,6 +192,35 @@ def test_the_environment_chooses() -> None:
             [sys.executable, "-c", program], env={"HFQUANT_KERNELS": choice}, capture_output=True, text=True, check=True
         )
         assert done.stdout.startswith(expected)
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_values_that_training_rounds_are_those_of_the_reference(bits: int, isa: str) -> None:
+    low, high = code_range(bits)
+    shapes = ((3, 64), 16), ((5, 1100), 1100), ((2, 2, 1536), 512), ((1, 40), 8), ((4, 36), 12), ((7, 1), 1)
+    for shape, group in shapes:
+        groups = (*shape[:-1], shape[-1] // group)
+        for symmetric in (True, False):
+            sign = torch.tensor([-1.0, 1.0])[torch.randint(2, groups)]
+            scale = round_scale((torch.rand(groups) + 0.5) * sign)
+            zero = None if symmetric else torch.randint(low, high + 1, groups, dtype=torch.int8)
+            x, grad = torch.randn(shape) * high * 0.6, torch.randn(shape)
+            ends = torch.tensor([0.5, -0.5, 1.5, 1e30, -1e30, torch.inf, high + 0.5, low - 0.5])[: shape[-1]]
+            x.view(-1, shape[-1])[0, :8] = ends * scale.view(-1, groups[-1])[0, 0]  # ties, and clipped ones
+            x.view(-1)[-1] = torch.nan
+            arguments = x, scale, zero, bits
+            expected_x, expected_scale = fake_quantize_backward_reference(grad, *arguments)
+            with native.selected(isa):
+                found = torch.ops.hfquant.fake_quantize_cpu(*arguments)
+                assert torch.equal(torch.ops.hfquant.fake_quantize(*arguments).nan_to_num(7.0), found.nan_to_num(7.0))
+                found_x, found_scale = torch.ops.hfquant.fake_quantize_backward_cpu(grad, *arguments)
+            assert torch.equal(found.nan_to_num(7.0), fake_quantize_reference(*arguments).nan_to_num(7.0))
+            assert torch.equal(found_x, expected_x)
+            wide = fake_quantize_backward_reference(grad.double(), x, scale.double(), zero, bits)[1]
+            assert torch.equal(found_scale.isnan(), expected_scale.isnan())
+            fine = ~expected_scale.isnan()
+            assert_close(found_scale[fine], wide[fine], expected_scale[fine], factor=GRADIENT_FACTOR)
 
 
 @pytest.mark.parametrize("isa", SETS)

@@ -52,6 +52,15 @@ struct Grid {
   const float* scale;  // [N, groups]
 };
 
+// Values that training rounds, in float32: codes are round(x / scale) + zero.
+struct Values {
+  const float* x;      // [rows, length]
+  const float* scale;  // [rows, groups]
+  const int8_t* zero;  // [rows, groups] or null
+  int64_t rows, length, groups;
+  int bits;
+};
+
 struct Kernels {
   const char* name;
   int vector_bytes;  // of one register
@@ -82,6 +91,10 @@ struct Kernels {
   void (*grid_row)(const Grid&, int64_t row, Float type, void* out);
   // Gradients of delta [K] and of the scales [groups] of one row, from that of the float values.
   void (*grid_gradients)(const Grid&, int64_t row, const float* grad, float* grad_delta, float* grad_scale);
+  // The values that the codes of one row stand for.
+  void (*fake_quantize_row)(const Values&, int64_t row, float* out);
+  // Gradients of x [length] and of the scales [groups] of one row, from that of those values.
+  void (*fake_quantize_gradients)(const Values&, int64_t row, const float* grad, float* grad_x, float* grad_scale);
 };
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }

@@ -264,6 +264,58 @@ void grid_weight_backward(StableIValue* stack, uint64_t, uint64_t) {
   stack[1] = grad_scale.result();
 }
 
+// The arguments that fake_quantize_cpu and fake_quantize_backward_cpu share: x, scale, zero_point?, bits.
+struct ValuesCall {
+  explicit ValuesCall(StableIValue* stack)
+      : x(Tensor::argument(stack[0])), scale(Tensor::argument(stack[1])), zero(Tensor::optional(stack[2])) {
+    view.bits = int(stack[3]);
+    view.length = x.sizes()[x.dim() - 1];
+    view.groups = scale.sizes()[scale.dim() - 1];
+    view.rows = x.numel() / std::max<int64_t>(1, view.length);
+    require(view.groups > 0 && view.length % view.groups == 0 && scale.numel() == view.rows * view.groups &&
+                (!zero || zero.numel() == scale.numel()),
+            "scales do not fit");
+    view.x = x.data<float>();
+    view.scale = scale.data<float>();
+    view.zero = zero ? zero.data<int8_t>() : nullptr;
+  }
+  template <class Body>
+  void each_row(const Body& body) const {
+    parallel_for(view.rows, std::max<int64_t>(1, (16 << 10) / std::max<int64_t>(1, view.length)),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t n = begin; n < end; n++) body(n);
+                 });
+  }
+  Tensor x, scale, zero;
+  Values view{};
+};
+
+// fake_quantize_cpu(x, scale, zero_point?, bits) -> Tensor
+void fake_quantize(StableIValue* stack, uint64_t, uint64_t) {
+  const ValuesCall call(stack);
+  Tensor result = Tensor::empty(call.x.dim(), call.x.sizes(), torch.aoti_torch_dtype_float32());
+  float* out = result.data<float>();
+  call.each_row([&](int64_t n) { kernels->fake_quantize_row(call.view, n, out + n * call.view.length); });
+  stack[0] = result.result();
+}
+
+// fake_quantize_backward_cpu(grad, x, scale, zero_point?, bits) -> (Tensor, Tensor)
+void fake_quantize_backward(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor grad = Tensor::argument(stack[0]);
+  const ValuesCall call(stack + 1);
+  const Values& v = call.view;
+  require(grad.numel() == call.x.numel(), "the gradient does not fit");
+  Tensor grad_x = Tensor::empty(call.x.dim(), call.x.sizes(), torch.aoti_torch_dtype_float32());
+  Tensor grad_scale = Tensor::empty(call.scale.dim(), call.scale.sizes(), torch.aoti_torch_dtype_float32());
+  const float* from = grad.data<float>();
+  float *values = grad_x.data<float>(), *scales = grad_scale.data<float>();
+  call.each_row([&](int64_t n) {
+    kernels->fake_quantize_gradients(v, n, from + n * v.length, values + n * v.length, scales + n * v.groups);
+  });
+  stack[0] = grad_x.result();
+  stack[1] = grad_scale.result();
+}
+
 // quantize_rows_cpu(x, scale?, asymmetric) -> (Tensor, Tensor, Tensor)
 void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor x = Tensor::argument(stack[0]), given = Tensor::optional(stack[1]);
@@ -332,6 +384,8 @@ extern "C" __attribute__((visibility("default"))) const char* hfquant_register(v
       {"quantize_rows_cpu", quantize_rows},
       {"grid_weight_cpu", grid_weight},
       {"grid_weight_backward_cpu", grid_weight_backward},
+      {"fake_quantize_cpu", fake_quantize},
+      {"fake_quantize_backward_cpu", fake_quantize_backward},
   };
   for (const auto& [name, function] : ops)
     if (torch.torch_library_impl(library, name, function, TARGET_TORCH)) return name;

@@ -358,4 +358,55 @@ void grid_gradients(const Grid& g, int64_t row, const float* grad, float* grad_d
   }
 }
 
+// Steps from the scale's zero, then codes before clipping; beyond 2**22 only sign and size are right.
+INLINE float rounded_steps(float steps, float zero) { return ((steps + ROUND) - ROUND) + zero; }
+
+void fake_quantize_row(const Values& v, int64_t row, float* out) {
+  const int64_t group = v.length / v.groups;
+  const float high = float((1 << (v.bits - 1)) - 1), low = -high - 1;
+  for (int64_t at = row * v.groups; at < (row + 1) * v.groups; at++) {
+    const float scale = v.scale[at], zero = v.zero ? v.zero[at] : 0.0f;
+    const float* x = v.x + at * group;
+    float* y = out + (at - row * v.groups) * group;
+    for (int64_t i = 0; i < group; i++) y[i] = (clipped(rounded_steps(x[i] / scale, zero), low, high) - zero) * scale;
+  }
+}
+
+// Sum of products, in lanes: the same order whatever the instruction set.
+INLINE float product_sum(const float* __restrict a, const float* __restrict b, int64_t count) {
+  float sums[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16)
+    for (int j = 0; j < 16; j++) sums[j] += a[i + j] * b[i + j];
+  for (; i < count; i++) sums[0] += a[i] * b[i];
+  for (int j = 8; j; j /= 2)
+    for (int k = 0; k < j; k++) sums[k] += sums[k + j];
+  return sums[0];
+}
+
+void fake_quantize_gradients(const Values& v, int64_t row, const float* grad, float* grad_x, float* grad_scale) {
+  const int64_t group = v.length / v.groups;
+  const float high = float((1 << (v.bits - 1)) - 1), low = -high - 1;
+  float error[GRID_PART];  // d value / d scale
+  for (int64_t g = 0; g < v.groups; g++) {
+    const int64_t at = row * v.groups + g;
+    const float scale = v.scale[at], zero = v.zero ? v.zero[at] : 0.0f;
+    float sum = 0;
+    for (int64_t start = 0; start < group; start += GRID_PART) {
+      const int n = group - start < GRID_PART ? int(group - start) : GRID_PART;
+      const float* __restrict x = v.x + at * group + start;
+      const float* __restrict from = grad + g * group + start;
+      float* __restrict to = grad_x + g * group + start;
+      for (int i = 0; i < n; i++) {
+        const float steps = x[i] / scale, code = rounded_steps(steps, zero), kept = clipped(code, low, high);
+        const float upstream = from[i];  // read in any case: a branch would keep the loop from being vectors
+        to[i] = kept == code ? upstream : 0.0f;
+        error[i] = (kept - zero) - (kept == code ? steps : 0.0f);
+      }
+      sum += product_sum(from, error, n);
+    }
+    grad_scale[g] = sum;
+  }
+}
+
 }  // namespace

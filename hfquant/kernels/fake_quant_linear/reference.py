@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from hfquant.kernels.fake_quantize import fake_quantize
 from hfquant.kernels.int8_linear.reference import linear_on_codes
 from hfquant.kernels.quantize_rows.reference import quantized_values
 from hfquant.numerics.straight_through import (
@@ -42,11 +43,14 @@ def fake_quant_linear_reference(
     bias = None if bias is None else bias.to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         if codes is None:
-            codes = row_codes(adapted_weight(weight, lora_a, lora_b, lora_factor), scale, zero_point, bits=bits)
+            adapted = adapted_weight(weight, lora_a, lora_b, lora_factor)
+            if blend == 1.0 and not dynamic and input_scale is None:
+                return linear(x, _values(adapted, None, scale, zero_point, bits, x.dtype), bias)
+            codes = row_codes(adapted, scale, zero_point, bits=bits)
         if blend == 1.0:
             return linear_on_codes(x, codes, scale, zero_point, input_scale, bias, dynamic, asymmetric)
         weight = adapted_weight(weight, lora_a, lora_b, lora_factor)
-        values = _blended_weight(weight, codes, scale, zero_point, blend, x.dtype)
+        values = _blended_weight(weight, codes, scale, zero_point, bits, blend, x.dtype)
         return linear(_blended_activations(x, input_scale, dynamic, asymmetric, blend), values, bias)
 
 
@@ -74,18 +78,22 @@ def fake_quant_linear_backward_reference(
     with torch.autocast(x.device.type, enabled=False):
         adapted = adapted_weight(weight, lora_a, lora_b, lora_factor) if needs_weight or blend < 1 else weight
         if needs_x:
-            if codes is None:
-                codes = row_codes(adapted_weight(weight, lora_a, lora_b, lora_factor), scale, zero_point, bits=bits)
-            grad_x = grad_rows @ _blended_weight(adapted, codes, scale, zero_point, blend, grad.dtype)
+            if codes is None and not needs_weight:
+                adapted = adapted_weight(weight, lora_a, lora_b, lora_factor)
+            grad_x = grad_rows @ _blended_weight(adapted, codes, scale, zero_point, bits, blend, grad.dtype)
             if input_scale is not None:
                 grad_x, grad_input_scale = activation_gradients(grad_x, rows, input_scale, blend=blend)
             grad_x = grad_x.view(x.shape)
         if needs_weight:
             inputs = _blended_activations(rows, input_scale, dynamic, asymmetric, blend)
             wide = torch.promote_types(adapted.dtype, torch.float32)
-            grad_weight, grad_scale = weight_gradients(
-                (grad_rows.t() @ inputs).to(wide), adapted, scale, zero_point, bits=bits, blend=blend
-            )
+            product = (grad_rows.t() @ inputs).to(wide)
+            if blend == 1.0 and product.dtype == adapted.dtype == torch.float32:
+                on_grid = product, adapted.contiguous(), scale, zero_point, bits
+                grad_weight, grad_scale = torch.ops.hfquant.fake_quantize_backward(*on_grid)
+                grad_scale = grad_scale * scale
+            else:
+                grad_weight, grad_scale = weight_gradients(product, adapted, scale, zero_point, bits=bits, blend=blend)
             if lora_a is not None and lora_b is not None:
                 grad_a = (lora_b.t().to(wide) @ grad_weight).mul_(lora_factor)
                 grad_b = (grad_weight @ lora_a.t().to(wide)).mul_(lora_factor)
@@ -100,10 +108,27 @@ def adapted_weight(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None,
     return (lora_b @ lora_a).mul_(factor).add_(weight)
 
 
-def _blended_weight(
-    weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, blend: float, dtype: torch.dtype
+def _values(
+    weight: Tensor, codes: Tensor | None, scale: Tensor, zero_point: Tensor | None, bits: int, dtype: torch.dtype
 ) -> Tensor:
-    values = row_values(codes, scale, zero_point, dtype=dtype)
+    """What ``weight`` is rounded to; from its codes if they are known, else in one pass where there is a kernel."""
+    if codes is None and weight.dtype == torch.float32:
+        # A transposed weight would give transposed values, and a product of them rounds differently in the last bit.
+        return fake_quantize(weight.contiguous(), scale, zero_point, bits=bits).to(dtype)
+    codes = row_codes(weight, scale, zero_point, bits=bits) if codes is None else codes
+    return row_values(codes, scale, zero_point, dtype=dtype)
+
+
+def _blended_weight(
+    weight: Tensor,
+    codes: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    blend: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    values = _values(weight, codes, scale, zero_point, bits, dtype)
     return values if blend == 1.0 else torch.lerp(weight.to(dtype), values, blend)
 
 

@@ -6,12 +6,20 @@ import torch
 from torch import Tensor
 
 from hfquant.errors import KernelError
-from hfquant.kernels.dispatch import define_op, register_autograd, register_triton
+from hfquant.kernels.dispatch import define_op, register_autograd, register_native, register_triton
 from hfquant.kernels.fake_quantize.reference import fake_quantize_backward_reference, fake_quantize_reference
 
 
 def _refuses(x: Tensor, *_: Any) -> str | None:
     return None if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else f"values are {x.dtype}"
+
+
+def _is_native(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> bool:
+    """Whether the native kernel takes these tensors, in float32."""
+    tensors = [tensor for tensor in (x, scale, zero_point) if tensor is not None]
+    return (
+        x.dtype == scale.dtype == torch.float32 and x.numel() > 0 and all(tensor.is_contiguous() for tensor in tensors)
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -35,6 +43,11 @@ define_op(
     fake=lambda grad, x, scale, *_: (x.new_empty(x.shape), scale.new_empty(scale.shape)),
 )
 register_autograd("fake_quantize", _backward, _setup_context)
+register_native("fake_quantize", _is_native)
+register_native(
+    "fake_quantize_backward",
+    lambda grad, *arguments: grad.dtype == torch.float32 and grad.is_contiguous() and _is_native(*arguments),
+)
 register_triton("fake_quantize", _refuses)
 register_triton("fake_quantize_backward", lambda grad, x, *_: _refuses(x))
 
