@@ -7,6 +7,7 @@
 namespace hfquant {
 #include "simd_scalar.h"
 #include "rows.h"
+#include "training_rows.h"
 #include "panel.h"
 #include "few_rows.h"
 #include "tiles.h"

@@ -76,10 +76,8 @@ def fake_quant_linear_backward_reference(
     grad_rows, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     grad_x = grad_weight = grad_scale = grad_a = grad_b = grad_input_scale = x.new_empty(0)
     with torch.autocast(x.device.type, enabled=False):
-        adapted = adapted_weight(weight, lora_a, lora_b, lora_factor) if needs_weight or blend < 1 else weight
+        adapted = adapted_weight(weight, lora_a, lora_b, lora_factor)
         if needs_x:
-            if codes is None and not needs_weight:
-                adapted = adapted_weight(weight, lora_a, lora_b, lora_factor)
             grad_x = grad_rows @ _blended_weight(adapted, codes, scale, zero_point, bits, blend, grad.dtype)
             if input_scale is not None:
                 grad_x, grad_input_scale = activation_gradients(grad_x, rows, input_scale, blend=blend)
@@ -88,12 +86,7 @@ def fake_quant_linear_backward_reference(
             inputs = _blended_activations(rows, input_scale, dynamic, asymmetric, blend)
             wide = torch.promote_types(adapted.dtype, torch.float32)
             product = (grad_rows.t() @ inputs).to(wide)
-            if blend == 1.0 and product.dtype == adapted.dtype == torch.float32:
-                on_grid = product, adapted.contiguous(), scale, zero_point, bits
-                grad_weight, grad_scale = torch.ops.hfquant.fake_quantize_backward(*on_grid)
-                grad_scale = grad_scale * scale
-            else:
-                grad_weight, grad_scale = weight_gradients(product, adapted, scale, zero_point, bits=bits, blend=blend)
+            grad_weight, grad_scale = _weight_gradients(product, adapted, scale, zero_point, bits, blend)
             if lora_a is not None and lora_b is not None:
                 grad_a = (lora_b.t().to(wide) @ grad_weight).mul_(lora_factor)
                 grad_b = (grad_weight @ lora_a.t().to(wide)).mul_(lora_factor)
@@ -117,6 +110,16 @@ def _values(
         return fake_quantize(weight.contiguous(), scale, zero_point, bits=bits).to(dtype)
     codes = row_codes(weight, scale, zero_point, bits=bits) if codes is None else codes
     return row_values(codes, scale, zero_point, dtype=dtype)
+
+
+def _weight_gradients(
+    grad: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, blend: float
+) -> tuple[Tensor, Tensor]:
+    """``weight_gradients``, in one pass where there is a kernel."""
+    if blend < 1.0 or not grad.dtype == weight.dtype == torch.float32:
+        return weight_gradients(grad, weight, scale, zero_point, bits=bits, blend=blend)
+    found = torch.ops.hfquant.fake_quantize_backward(grad, weight.contiguous(), scale, zero_point, bits)
+    return found[0], found[1] * scale
 
 
 def _blended_weight(

@@ -14,12 +14,10 @@ def _refuses(x: Tensor, *_: Any) -> str | None:
     return None if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else f"values are {x.dtype}"
 
 
-def _is_native(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> bool:
-    """Whether the native kernel takes these tensors, in float32."""
-    tensors = [tensor for tensor in (x, scale, zero_point) if tensor is not None]
-    return (
-        x.dtype == scale.dtype == torch.float32 and x.numel() > 0 and all(tensor.is_contiguous() for tensor in tensors)
-    )
+def _is_native(*arguments: Any) -> bool:
+    """Whether the native kernels take these tensors: floats in float32, zero points in int8."""
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    return all(t.dtype in (torch.float32, torch.int8) and t.is_contiguous() and t.numel() > 0 for t in tensors)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -44,10 +42,7 @@ define_op(
 )
 register_autograd("fake_quantize", _backward, _setup_context)
 register_native("fake_quantize", _is_native)
-register_native(
-    "fake_quantize_backward",
-    lambda grad, *arguments: grad.dtype == torch.float32 and grad.is_contiguous() and _is_native(*arguments),
-)
+register_native("fake_quantize_backward", _is_native)
 register_triton("fake_quantize", _refuses)
 register_triton("fake_quantize_backward", lambda grad, x, *_: _refuses(x))
 
