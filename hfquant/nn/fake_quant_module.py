@@ -58,7 +58,7 @@ class FakeQuantModule(nn.Module):
         lora_factor: ``alpha / rank`` of its adapter.
         blend: Share of quantization in what it computes, from 0 to 1.
         bypassed: Compute with the float weights, without quantization and adapters.
-        keeps_codes: Keep codes from one forward to the next, while no parameter changes.
+        keeps_codes: Keep codes from one forward to the next, while no parameter changes, where that saves time.
         input_observer: While observing: called with the parameter name and the input of each product, which is then
             computed on unquantized activations.
     """
@@ -141,11 +141,12 @@ class FakeQuantModule(nn.Module):
         return self._parameters.get(f"{name}_{suffix}")
 
     def grid(self, name: str = "weight") -> GridWeight:
-        """The weight ``name`` and its grid, as the training op takes them; codes if they are kept."""
+        """The weight ``name`` and its grid, as the training op takes them; codes if they are kept for it."""
         log_scale, a, b = (self.beside(name, suffix) for suffix in ("log_scale", "lora_A", "lora_B"))
         assert log_scale is not None
         weight = self.float_weights[name].to_rows(self._parameters[name])  # type: ignore[arg-type]
-        if not self.keeps_codes or torch.compiler.is_compiling():
+        in_one_pass = self.scheme.activation is None and weight.dtype == torch.float32  # sooner than from codes
+        if in_one_pass or not self.keeps_codes or torch.compiler.is_compiling():
             return GridWeight(weight, log_scale, self.scale(name), self.zero_point(name), None, a, b)
         sources = [self._parameters[name], log_scale, a, b]
         version = [(id(t), t.data_ptr(), t._version) for t in sources if t is not None]

@@ -144,9 +144,19 @@ def test_autocast_has_no_gap(kind: str, tmp_path: Path) -> None:
         assert torch.equal(load_quantized(Model(), tmp_path / "model").eval()(ids), before)
 
 
-def test_codes_that_are_kept_change_nothing_and_follow_the_optimizer() -> None:
-    plain, ids = trained(1, 4, "weight_only", torch.float32)
-    kept, _ = trained(1, 4, "weight_only", torch.float32)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "keeps"),
+    [
+        ("weight_only", torch.float32, False),
+        ("weight_only", torch.bfloat16, True),
+        ("dynamic", torch.float32, True),
+    ],
+)
+def test_codes_that_are_kept_change_nothing_and_follow_the_optimizer(
+    kind: str, dtype: torch.dtype, keeps: bool
+) -> None:
+    plain, ids = trained(1, 4, kind, dtype)
+    kept, _ = trained(1, 4, kind, dtype)
     for _, module in fake_quant_modules(kept):
         module.keeps_codes = True
     for model in (plain, kept):
@@ -157,6 +167,7 @@ def test_codes_that_are_kept_change_nothing_and_follow_the_optimizer() -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert torch.equal(plain(ids), kept(ids))
+    assert any(module._kept for _, module in fake_quant_modules(kept)) == keeps
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), kept.parameters(), strict=True))
 
 

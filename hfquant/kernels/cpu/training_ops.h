@@ -7,6 +7,14 @@
 namespace hfquant {
 namespace {
 
+// Calls `body` with every row, on all threads; a row has `length` weights.
+template <class Body>
+void each_row(int64_t rows, int64_t length, const Body& body) {
+  parallel_for(rows, std::max<int64_t>(1, (16 << 10) / std::max<int64_t>(1, length)), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n++) body(n);
+  });
+}
+
 // The arguments that grid_weight_cpu and grid_weight_backward_cpu share: codes, residual?, delta, scale, zero?, bits.
 struct GridCall {
   explicit GridCall(StableIValue* stack)
@@ -38,13 +46,6 @@ struct GridCall {
     view.delta = delta.data<float>();
     view.scale = scale.data<float>();
   }
-  template <class Body>
-  void each_row(const Body& body) const {
-    const int64_t grain = std::max<int64_t>(1, (16 << 10) / std::max<int64_t>(1, view.weight.in_features));
-    parallel_for(view.weight.rows, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; n++) body(n);
-    });
-  }
   Tensor codes, residual, delta, scale, zero;
   Grid view{};
 };
@@ -56,8 +57,9 @@ void grid_weight(StableIValue* stack, uint64_t, uint64_t) {
   const Float type = float_type(dtype);
   Tensor result = Tensor::empty(2, call.delta.sizes(), dtype);
   char* out = result.data<char>();
-  const int64_t row = call.view.weight.in_features * size_of(type);
-  call.each_row([&](int64_t n) { kernels->grid_row(call.view, n, type, out + n * row); });
+  const Weight& w = call.view.weight;
+  const int64_t row = w.in_features * size_of(type);
+  each_row(w.rows, w.in_features, [&](int64_t n) { kernels->grid_row(call.view, n, type, out + n * row); });
   stack[0] = result.result();
 }
 
@@ -70,7 +72,7 @@ void grid_weight_backward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor grad_scale = Tensor::empty(2, call.scale.sizes(), torch.aoti_torch_dtype_float32());
   const float* from = grad.data<float>();
   float *delta = grad_delta.data<float>(), *scale = grad_scale.data<float>();
-  call.each_row([&](int64_t n) {
+  each_row(w.rows, w.in_features, [&](int64_t n) {
     kernels->grid_gradients(call.view, n, from + n * w.in_features, delta + n * w.in_features, scale + n * w.groups);
   });
   stack[0] = grad_delta.result();
@@ -92,13 +94,6 @@ struct ValuesCall {
     view.scale = scale.data<float>();
     view.zero = zero ? zero.data<int8_t>() : nullptr;
   }
-  template <class Body>
-  void each_row(const Body& body) const {
-    parallel_for(view.rows, std::max<int64_t>(1, (16 << 10) / std::max<int64_t>(1, view.length)),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t n = begin; n < end; n++) body(n);
-                 });
-  }
   Tensor x, scale, zero;
   Values view{};
 };
@@ -108,7 +103,8 @@ void fake_quantize(StableIValue* stack, uint64_t, uint64_t) {
   const ValuesCall call(stack);
   Tensor result = Tensor::empty(call.x.dim(), call.x.sizes(), torch.aoti_torch_dtype_float32());
   float* out = result.data<float>();
-  call.each_row([&](int64_t n) { kernels->fake_quantize_row(call.view, n, out + n * call.view.length); });
+  const Values& v = call.view;
+  each_row(v.rows, v.length, [&](int64_t n) { kernels->fake_quantize_row(v, n, out + n * v.length); });
   stack[0] = result.result();
 }
 
@@ -122,7 +118,7 @@ void fake_quantize_backward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor grad_scale = Tensor::empty(call.scale.dim(), call.scale.sizes(), torch.aoti_torch_dtype_float32());
   const float* from = grad.data<float>();
   float *values = grad_x.data<float>(), *scales = grad_scale.data<float>();
-  call.each_row([&](int64_t n) {
+  each_row(v.rows, v.length, [&](int64_t n) {
     kernels->fake_quantize_gradients(v, n, from + n * v.length, values + n * v.length, scales + n * v.groups);
   });
   stack[0] = grad_x.result();
