@@ -6,6 +6,8 @@ A checkpoint of fine-tuning is a folder that ``from_pretrained`` loads as the qu
     hfquant_training.safetensors   what the adapted modules started from, and what trains on them, under the names of
                                    the state dict (``nn/adapted_module.py``)
 
+    hfquant_teacher.safetensors    the float model that training distils from, where it is the run's own
+
 All other parameters are those of ``model.safetensors``.
 """
 
@@ -13,23 +15,41 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from hfquant.errors import FormatError
 from hfquant.finetune.adapted import load_training_tensors_, training_tensors
 from hfquant.finetune.merge import merged_state_dict
+from hfquant.hf.rounding import Model, unrounded_copy
 from hfquant.hf.source import checkpoint_files
 
 
 TRAINING_STATE = "hfquant_training.safetensors"
+TEACHER = "hfquant_teacher.safetensors"
 
 
-def save_training_state(model: nn.Module, folder: Path) -> None:
-    """Write the training state of ``model`` into the checkpoint ``folder``."""
+def save_training_state(model: nn.Module, folder: Path, teacher: nn.Module | None = None) -> None:
+    """Write the training state of ``model`` into the checkpoint ``folder``, and the ``teacher`` it distils from."""
     tensors = {name: tensor.contiguous() for name, tensor in training_tensors(model).items()}
     save_file(tensors, folder / TRAINING_STATE, metadata={"format": "pt"})
+    if teacher is not None:
+        save_model(teacher, str(folder / TEACHER))
+
+
+def load_teacher(model: Model, folder: Path) -> Model:
+    """The teacher of ``model``, as ``unrounded_copy`` made it, from the checkpoint ``folder``.
+
+    Raises:
+        FormatError: If the file is missing or damaged, or does not fit the model.
+    """
+    teacher = unrounded_copy(model)
+    try:
+        load_model(teacher, folder / TEACHER)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise FormatError(f"{folder}/{TEACHER}: {error}; training cannot be resumed") from error
+    return teacher
 
 
 @torch.no_grad()

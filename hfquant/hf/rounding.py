@@ -7,7 +7,8 @@ References:
     Jacob et al. 2018, section 3.1 ("quantization delay"), https://arxiv.org/abs/1712.05877.
 """
 
-from typing import Any
+import copy
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ from hfquant.nn.adapted_module import AdaptedModule
 from hfquant.ptq.calibrated import CalibrationOptions
 from hfquant.ptq.recalibrated import Recalibration
 
+
+Model = TypeVar("Model", bound=nn.Module)
 
 ALGORITHMS = ("gptq", "signround")
 """That can round anew; the others change what is beside the weights, or look at no data."""
@@ -45,6 +48,23 @@ def set_rounding(model: nn.Module, on: bool) -> None:
 def is_rounded(model: nn.Module) -> bool:
     """Whether every layer in fine-tuning computes with its codes."""
     return all(module.rounded for _, module in adapted_modules(model))
+
+
+@torch.no_grad()
+def unrounded_copy(model: Model) -> Model:
+    """A frozen bfloat16 copy of a model in fine-tuning that computes as it does with rounding off, to distil from.
+
+    Activations are not quantized in it; tables and layers without an adapter are what they are in ``model``.
+
+    Raises:
+        ConfigError: As ``set_rounding``.
+    """
+    _layers(model)
+    copied = copy.deepcopy(model)
+    for module in _layers(copied).values():
+        module.unround_()
+    nn.Module.to(copied, torch.bfloat16)  # Transformers refuses it for quantized models
+    return copied.requires_grad_(False).eval()
 
 
 def round_anew(

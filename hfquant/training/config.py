@@ -14,7 +14,7 @@ from hfquant.hf.finetune import ADAPTERS
 
 
 MODES = ("ptq", "qat")
-VARIANTS = ("full", "lora")
+VARIANTS = ("full", "lora", "scales")
 OF_THE_RUN = ("dequantize", "seed", *TARGETS)
 """Fields of ``HfQuantConfig`` that are no part of the scheme: training neither loads, nor draws, nor chooses bits."""
 
@@ -46,7 +46,8 @@ class TrainingConfig(TrainingArguments, SchemeFields):
     Attributes:
         quantization_mode: ``None`` (off), ``"ptq"`` (quantize when training ends) or ``"qat"`` (train for the grid).
         enable_quantized_finetuning: Train adapters on a quantized model; see ``prepare_model_for_finetuning``.
-        qat_variant: ``"full"`` trains all weights, ``"lora"`` adapters inside the rounding.
+        qat_variant: ``"full"`` trains all weights, ``"lora"`` adapters inside the rounding; ``"scales"`` quantizes the
+            model at once, as ``algorithm`` says, and trains scales, norms and biases for its codes, which stay.
         adapter: Of quantized fine-tuning: ``"grid"`` (codes and scales move), ``"scales"`` (codes stay) or ``"side"``
             (LoRA beside the weight, through PEFT).
         adapter_rank: Rank of the adapters.
@@ -62,7 +63,9 @@ class TrainingConfig(TrainingArguments, SchemeFields):
         qat_blend_steps: Optimizer steps over which quantization is blended in; 0 starts with all of it.
         calibration_batches: Training batches for static activation ranges and calibrated algorithms; with
             ``algorithm="gptq"`` or ``"signround"``, quantization-aware training starts from that PTQ.
-        distillation_weight: Share of distillation from the float model in the loss, from 0 to 1.
+        distillation_weight: Share of distillation from the float model in the loss, from 0 to 1. Quantized fine-tuning
+            has no float model: it learns from ``teacher_model``, or, from ``adapter_delay_steps`` on, from what the
+            model computed before the rounding.
         distillation_temperature: Divides the logits of both models.
 
     Raises:
@@ -71,7 +74,7 @@ class TrainingConfig(TrainingArguments, SchemeFields):
 
     quantization_mode: str | None = field(default=None, metadata={"help": "Off if not given; ptq or qat."})
     enable_quantized_finetuning: bool = field(default=False, metadata={"help": "Train adapters on a quantized model."})
-    qat_variant: str = field(default="full", metadata={"help": "full, or lora: adapters inside the rounding."})
+    qat_variant: str = field(default="full", metadata={"help": "full, lora (inside the rounding) or scales."})
     adapter: str = field(default="grid", metadata={"help": "Of quantized fine-tuning: grid, scales or side."})
     adapter_rank: int = field(default=16, metadata={"help": "Rank of the adapters."})
     adapter_alpha: float | None = field(default=None, metadata={"help": "Adapters count alpha / rank times."})
@@ -116,10 +119,10 @@ class TrainingConfig(TrainingArguments, SchemeFields):
             )
         if not self.distillation_temperature > 0:
             raise ConfigError(f"distillation_temperature={self.distillation_temperature!r}: expected more than 0")
-        if self.distillation_weight and self.quantization_mode != "qat":
+        if self.distillation_weight and self.quantization_mode != "qat" and not self.enable_quantized_finetuning:
             raise ConfigError(
-                f"distillation_weight={self.distillation_weight} needs quantization_mode='qat', "
-                f"not {self.quantization_mode!r}"
+                f"distillation_weight={self.distillation_weight} needs quantization_mode='qat' or "
+                f"enable_quantized_finetuning=True, not quantization_mode={self.quantization_mode!r}"
             )
         if self.quantization_mode is not None and self.enable_quantized_finetuning:
             raise ConfigError(

@@ -71,6 +71,7 @@ class FinetuneCallback(CodesCallback):
         """Round the weights anew when the delay is over."""
         if not self.delay_steps or state.global_step != self.delay_steps or is_rounded(model):
             return
+        self._before_rounding(model)
         given = {"tokenizer": kwargs.get("processing_class"), "optimizer": kwargs.get("optimizer")}
         round_anew(model, self._calibration_data(), seed=args.seed, progress=not args.disable_tqdm, **given)
         # The best so far was a model that is not rounded: its packed state never reached that.
@@ -78,6 +79,9 @@ class FinetuneCallback(CodesCallback):
 
     def _calibration_data(self) -> Any:
         return self.calibration_data
+
+    def _before_rounding(self, model: Any) -> None:
+        pass
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -106,13 +110,20 @@ class SavingFinetuneCallback(FinetuneCallback):
     Args:
         delay_steps: As for ``FinetuneCallback``.
         batches: Gives the batches that the weights are rounded on, when it comes to that.
+        before_rounding: Called just before, with the model.
     """
 
-    def __init__(self, delay_steps: int, batches: Callable[[], Iterable[Any]]) -> None:
+    def __init__(
+        self, delay_steps: int, batches: Callable[[], Iterable[Any]], before_rounding: Callable[[Any], None]
+    ) -> None:
         super().__init__(delay_steps=delay_steps, calibration_data=batches)
+        self.before_rounding = before_rounding
 
     def _calibration_data(self) -> Any:
         return self.calibration_data()
+
+    def _before_rounding(self, model: Any) -> None:
+        self.before_rounding(model)
 
     def _resume(self, folder: Path, model: Any) -> None:
         pass

@@ -6,8 +6,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfquant.errors import ConfigError
+from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.finetune import finetune_state, prepare_model_for_finetuning
 from hfquant.hf.qat import qat_state
+from hfquant.hf.quantize import quantize_model_ptq
 from hfquant.training.config import TrainingConfig
 
 
@@ -39,6 +41,28 @@ def ready_to_finetune(model: nn.Module | None, args: TrainingConfig) -> Any:
         target_modules=args.adapter_target_modules,
         modules_to_save=args.adapter_modules_to_save,
         seed=args.seed,
+        progress=not args.disable_tqdm,
+    )
+
+
+def quantize_to_train_scales(model: nn.Module, config: HfQuantConfig, batches: Any, args: TrainingConfig) -> None:
+    """PTQ of the float ``model``, in place, and its scales, norms and biases ready to train.
+
+    Raises:
+        ConfigError: As ``quantize_model_ptq`` and ``prepare_model_for_finetuning``.
+        CalibrationError: As ``quantize_model_ptq``.
+
+    References:
+        Chen et al. 2025 (EfficientQAT), section 3.3, https://arxiv.org/abs/2407.11062.
+    """
+    quantize_model_ptq(model, config, calibration_data=batches, progress=not args.disable_tqdm)
+    quantizer: Any = model.hf_quantizer
+    quantizer.quantization_config.quantization_mode = "qat"
+    prepare_model_for_finetuning(
+        model,
+        "scales",
+        target_modules=args.adapter_target_modules,
+        modules_to_save=args.adapter_modules_to_save,
         progress=not args.disable_tqdm,
     )
 

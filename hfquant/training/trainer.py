@@ -11,24 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hfquant.errors import ConfigError, FormatError
 from hfquant.finetune.merge import check_rounded
 from hfquant.formats.headers import read_headers
 from hfquant.hf.config import HfQuantConfig
 from hfquant.hf.finetune import finetune_state
-from hfquant.hf.finetune_checkpoint import load_finetune_checkpoint_, save_training_state
+from hfquant.hf.finetune_checkpoint import load_finetune_checkpoint_, load_teacher, save_training_state
 from hfquant.hf.qat import converted_model, prepare_model_qat, qat_state
 from hfquant.hf.quantize import quantize_model_ptq
+from hfquant.hf.rounding import unrounded_copy
 from hfquant.ptq.quantize_matrix import CALIBRATED
 from hfquant.qat.distill import distillation_loss, teacher_copy
 from hfquant.qat.prepare import bypassed
 from hfquant.training.callback import QatCallback, check_resumable, write_record
 from hfquant.training.config import TrainingConfig
 from hfquant.training.finetune_callback import SavingFinetuneCallback
-from hfquant.training.finetuning import ready_to_finetune, training_record
+from hfquant.training.finetuning import quantize_to_train_scales, ready_to_finetune, training_record
 from hfquant.training.staged_checkpoints import StagedCheckpoints
 
 
@@ -52,8 +54,9 @@ class QuantTrainer(StagedCheckpoints):
     Args:
         *args: As for ``Trainer``.
         teacher_model: Float model to distil from. Without one, ``"lora"`` distils from the model itself with
-            quantizers and adapters bypassed, ``"full"`` from a frozen bfloat16 copy, and so does ``"lora"`` where
-            training starts from calibrated weights.
+            quantizers and adapters bypassed, ``"full"`` and ``"scales"`` from a frozen bfloat16 copy, and so does
+            ``"lora"`` where training starts from calibrated weights. Fine-tuning with ``adapter_delay_steps`` distils
+            from such a copy of what it trained before the rounding, which stands beside its checkpoints.
         **kwargs: As for ``Trainer``.
 
     Raises:
@@ -70,7 +73,7 @@ class QuantTrainer(StagedCheckpoints):
             given.arguments["model"] = ready_to_finetune(given.arguments.get("model"), given.arguments["args"])
         super().__init__(*given.args[1:], **given.kwargs)
         self._mode: str | None = getattr(self.args, "quantization_mode", None)
-        self._teacher, self._saves_checkpoint = teacher_model, False
+        self._teacher, self._own_teacher, self._saves_checkpoint = teacher_model, False, False
         if getattr(self.args, "enable_quantized_finetuning", False):
             self._mode = "finetune"
         self.stages = self._mode is not None
@@ -80,20 +83,33 @@ class QuantTrainer(StagedCheckpoints):
             raise ConfigError(f"quantization_mode={self._mode!r} needs model=..., not model_init=...")
         if self._mode == "qat":
             self._prepare()
-        if self._mode == "finetune" and self.args.adapter != "side":
+        if self._teacher is not None:
+            self._teacher = self._teacher.to(self.args.device).eval()
+        if finetune_state(self.model) is not None:
             self._freeze_scales()
             self._delay_rounding()
             if self.args.gradient_checkpointing and isinstance(self.model, PreTrainedModel):
                 self.model.enable_input_require_grads()  # reentrant checkpoints need it: the embeddings are frozen
+        if self._mode == "finetune" and self.args.distillation_weight and self._teacher is None:
+            if not self.args.adapter_delay_steps:
+                raise ConfigError(
+                    f"distillation_weight={self.args.distillation_weight} has nobody to learn from: a quantized model "
+                    "has no float one; give teacher_model=..., or adapter_delay_steps"
+                )
+            self._own_teacher = True
 
     def _prepare(self) -> None:
         args, model = self.args, self.model
         if qat_state(model) is None:
             config = args.quantization_config()
             # These do not keep the float weights, which the model would be its own teacher with.
-            moves = args.qat_variant == "full" or config.resolved_algorithm in CALIBRATED
+            moves = args.qat_variant != "lora" or config.resolved_algorithm in CALIBRATED
             if args.distillation_weight and moves and self._teacher is None:
                 self._teacher = teacher_copy(model)
+            if args.qat_variant == "scales":
+                self._mode = "finetune"
+                quantize_to_train_scales(model, config, self._calibration_batches(config), args)
+                return
             prepare_model_qat(
                 model,
                 config,
@@ -103,8 +119,6 @@ class QuantTrainer(StagedCheckpoints):
                 calibration_data=self._calibration_batches(config),
                 progress=not args.disable_tqdm,
             )
-        if self._teacher is not None:
-            self._teacher = self._teacher.to(args.device).eval()
         self._freeze_scales()
         # First, so that what it adds to the logs is there for every other callback.
         self.callback_handler.callbacks.insert(0, QatCallback(blend_steps=args.qat_blend_steps, convert=False))
@@ -113,8 +127,12 @@ class QuantTrainer(StagedCheckpoints):
         steps, state = self.args.adapter_delay_steps, finetune_state(self.model)
         assert state is not None
         state.delay_steps = steps  # which a checkpoint has to agree with before training begins
-        callback = SavingFinetuneCallback(steps, partial(self._first_batches, shared=True))
+        callback = SavingFinetuneCallback(steps, partial(self._first_batches, shared=True), self._keep_teacher)
         self.callback_handler.callbacks.insert(0, callback)
+
+    def _keep_teacher(self, model: nn.Module) -> None:
+        if self._own_teacher:
+            self._teacher = unrounded_copy(model)
 
     def _freeze_scales(self) -> None:
         if self.args.scale_learning_rate == 0:
@@ -202,7 +220,8 @@ class QuantTrainer(StagedCheckpoints):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """As ``Trainer.compute_loss``; while training, mixed with distillation where the config asks for it."""
-        weight = self.args.distillation_weight if self._mode == "qat" and model.training else 0.0
+        distils = self._mode == "qat" or (self._mode == "finetune" and self._teacher is not None)
+        weight = self.args.distillation_weight if distils and model.training else 0.0
         if weight == 0:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         labels = inputs.get("labels")
@@ -272,7 +291,7 @@ class QuantTrainer(StagedCheckpoints):
         super()._save(output_dir, state_dict)
         if record is not None and self._saves_checkpoint and self.args.should_save:
             if packs:
-                save_training_state(self.model, folder)
+                save_training_state(self.model, folder, self._teacher if self._own_teacher else None)
             write_record(folder, record)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -280,6 +299,9 @@ class QuantTrainer(StagedCheckpoints):
         check_resumable(folder, training_record(self.model, self.args))
         if finetune_state(self.model) is not None:
             load_finetune_checkpoint_(self.model, folder)
+            step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+            if self._own_teacher and step > self.args.adapter_delay_steps:
+                self._teacher = load_teacher(self.model, folder)
             return
         if qat_state(self.model) is not None:
             _check_names(folder, self.model)

@@ -25,6 +25,9 @@ SQNR_FLOORS_DB = {(8, None): 40.0, (4, 32): 19.0, (4, 64): 18.0, (4, 128): 17.5}
 NATIVE_SQNR_DB = 60.0
 """Of a model on native kernels against the same model as it was trained, in float32."""
 
+BFLOAT16_SQNR_DB = 30.0
+"""Of a tiny model in bfloat16 against the same model in float32."""
+
 ASYMMETRIC_SQNR_FLOORS_DB = {(4, 32): 20.5, (4, 64): 19.5, (4, 128): 18.5}
 
 SEARCH_SQNR_FLOORS_DB = {

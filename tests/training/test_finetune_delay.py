@@ -68,12 +68,13 @@ def test_the_weights_are_rounded_before_the_first_step_after_the_delay(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("delay", "scheme"), [(2, "int4"), (3, "int4-residual"), (4, "int8-static"), (4, "int4-asymmetric")]
+    ("delay", "scheme", "distilled"),
+    [(2, "int4", 0), (2, "int4", 0.5), (3, "int4-residual", 1), (4, "int8-static", 0), (4, "int4-asymmetric", 0.5)],
 )
-def test_resuming_in_a_new_process_is_exact(delay: int, scheme: str, tmp_path: Path) -> None:
+def test_resuming_in_a_new_process_is_exact(delay: int, scheme: str, distilled: float, tmp_path: Path) -> None:
     """The run is cut after three steps: behind the rounding, at it and before it."""
     fields = {"adapter": "grid", "scheme": scheme, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    fields |= {"adapter_delay_steps": delay, "calibration_batches": 3}
+    fields |= {"adapter_delay_steps": delay, "calibration_batches": 3, "distillation_weight": distilled}
     trainer(tmp_path / "whole", **fields).train()
     (tmp_path / "half").mkdir()
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "half" / "checkpoint-3")
