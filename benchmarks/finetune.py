@@ -22,7 +22,8 @@ lora, ptq    that, merged, then quantized with --ptq-algorithm; lora-signround w
 nf4          LoRA on bitsandbytes' NF4, and merged by PEFT
 grid         hfquant's adapter inside the rounding, merged, saved and loaded again
 grid-delay   the same without rounding for the first 0.7 of the steps, then rounded anew with --ptq-algorithm; what it
-             has then is kept in a file too: up to there nothing depends on the learning rate of scales
+             has then is kept in a file too: up to there nothing depends on the learning rate of scales. From there on
+             --distillation of the loss is the divergence from the model before the rounding
 scales       hfquant's scales, norms and biases alone
 side         LoRA beside hfquant's codes, and merged onto the grid
 """
@@ -58,6 +59,7 @@ from hfquant.evaluation.perplexity import perplexity
 from hfquant.hf.peft import add_side_adapter, merge_side_adapter
 from hfquant.nn.swap import packed_modules
 from hfquant.numerics.packing import unpack
+from hfquant.qat.distill import distillation_loss
 
 
 HERE = Path(__file__).resolve()
@@ -167,9 +169,20 @@ class Task:
     def calibration(self) -> list[dict[str, Tensor]]:
         raise NotImplementedError
 
-    def losses(self, model: nn.Module, seed: int, skip: int = 0) -> Iterator[Tensor]:
-        """Of the batches in their order, without the first ``skip``."""
+    def results(self, model: nn.Module, seed: int, skip: int, teacher: nn.Module | None) -> Iterator[tuple]:
+        """Logits, labels and the teacher's logits of the batches in their order, without the first ``skip``."""
         raise NotImplementedError
+
+    def losses(
+        self, model: nn.Module, seed: int, skip: int = 0, teacher: nn.Module | None = None, share: float = 0.0
+    ) -> Iterator[Tensor]:
+        """Cross-entropy, with a ``share`` of the divergence from the teacher if there is one."""
+        for logits, labels, theirs in self.results(model, seed, skip, teacher):
+            loss = cross_entropy(logits, labels)
+            if theirs is not None:
+                total, count = distillation_loss(logits, theirs, None, temperature=1.0)
+                loss = (1 - share) * loss + share * total / count
+            yield loss
 
     def judge(self, model: nn.Module, part: str) -> dict[str, Any]:
         raise NotImplementedError
@@ -205,10 +218,13 @@ class Classification(Task):
     def calibration(self) -> list[dict[str, Tensor]]:
         return [dict(batched([ids])) for ids, _ in self.parts["train"][:128]]
 
-    def losses(self, model: nn.Module, seed: int, skip: int = 0) -> Iterator[Tensor]:
+    def results(self, model: nn.Module, seed: int, skip: int, teacher: nn.Module | None) -> Iterator[tuple]:
         for rows in itertools.islice(self.batches(seed), skip, None):
             labels = torch.tensor([label for _, label in rows], device=model.device)
-            yield cross_entropy(model(**batched([ids for ids, _ in rows]).to(model.device)).logits, labels)
+            inputs = batched([ids for ids, _ in rows]).to(model.device)
+            with torch.no_grad():
+                theirs = None if teacher is None else teacher(**inputs).logits
+            yield model(**inputs).logits, labels, theirs
 
     def batches(self, seed: int) -> Iterator[list[tuple[list[int], int]]]:
         """Batches of sentences of like length, in random order."""
@@ -265,10 +281,13 @@ class Language(Task):
 
         return calibration_windows(self.parts["train"])
 
-    def losses(self, model: nn.Module, seed: int, skip: int = 0) -> Iterator[Tensor]:
-        from qat import language_losses
+    def results(self, model: nn.Module, seed: int, skip: int, teacher: nn.Module | None) -> Iterator[tuple]:
+        from qat import language_batches
 
-        return language_losses(model, model, self.parts["train"], self.options, "-ce", seed, skip)
+        for batch in itertools.islice(language_batches(self.parts["train"], self.options, seed), skip, None):
+            with torch.no_grad():
+                theirs = None if teacher is None else teacher(batch).logits[:, :-1].flatten(0, 1)
+            yield model(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), theirs
 
     def judge(self, model: nn.Module, part: str) -> dict[str, Any]:
         return {"perplexity": perplexity(model, self.parts[part], context=512, progress=False).perplexity}
@@ -328,15 +347,19 @@ def trained(task: Task, options: argparse.Namespace, arm: str, seed: int, rate: 
     """``arm`` after its training, and the seconds this took; from its file, if it has one."""
     from qat import train
 
+    from hfquant.hf.rounding import unrounded_copy
+
     model = freeze(prepared(base_model(task, options, arm, seed), arm, seed), arm)
     file = options.results / f"{run_name(options, arm, seed, rate)}.safetensors"
     if not file.is_file():
-        done, before = 0, 0.0
+        done, before, teacher = 0, 0.0, None
         if arm == "grid-delay":
             done, before = delayed_steps(options), write_rounded(options, seed, rate, task)["seconds"]
             load(model, arm, rounded_file(options, seed, rate))
+            teacher = unrounded_copy(model)
+            load_model(teacher, teacher_file(options, seed, rate))
         torch.manual_seed(2000 + seed)
-        losses = task.losses(model, seed, done)
+        losses = task.losses(model, seed, done, teacher, options.distillation)
         seconds = before + train(model, options.steps, rate, losses, range(done, options.steps))["seconds"]
         keep(model, arm, file, seconds)
     return model.eval(), load(model, arm, file)
@@ -350,6 +373,11 @@ def rounded_file(options: argparse.Namespace, seed: int, rate: Rate) -> Path:
     return options.results / f"{run_name(options, 'grid-delay', seed, adapter_rate(rate))}-rounded.safetensors"
 
 
+def teacher_file(options: argparse.Namespace, seed: int, rate: Rate) -> str:
+    """The float model before the rounding."""
+    return str(rounded_file(options, seed, rate)).replace("-rounded", "-teacher")
+
+
 def adapter_rate(rate: Rate) -> float:
     return rate if isinstance(rate, float) else rate[0]
 
@@ -358,7 +386,7 @@ def write_rounded(options: argparse.Namespace, seed: int, rate: Rate, task: Task
     """Keep what "grid-delay" has once its weights are rounded; from there on its optimizer is a new one."""
     from qat import train
 
-    from hfquant.hf.rounding import round_anew, set_rounding
+    from hfquant.hf.rounding import round_anew, set_rounding, unrounded_copy
 
     task, file = task or TASKS[options.task](options), rounded_file(options, seed, rate)
     arm, steps = "grid-delay", range(delayed_steps(options))
@@ -368,6 +396,7 @@ def write_rounded(options: argparse.Namespace, seed: int, rate: Rate, task: Task
         torch.manual_seed(2000 + seed)
         started = time.perf_counter()
         train(model, options.steps, adapter_rate(rate), task.losses(model, seed), steps)
+        save_model(unrounded_copy(model), teacher_file(options, seed, rate))
         how = {"algorithm": options.ptq_algorithm, "iterations": options.ptq_iterations}
         round_anew(model, task.calibration(), progress=False, **how)
         keep(model, arm, file, time.perf_counter() - started)
@@ -647,6 +676,7 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=0)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--ptq-algorithm", choices=("gptq", "signround"), default="gptq")
+    parser.add_argument("--distillation", type=float, default=1.0, help="share in the loss of grid-delay at its end")
     parser.add_argument("--ptq-iterations", type=int, help="of signround")
     parser.add_argument("--eval-tokens", type=int, default=16384, help="0 takes all")
     parser.add_argument("--tune-tokens", type=int, default=4096)

@@ -10,8 +10,9 @@ interrupted and given again. torchao (0.18, with torch and transformers) runs in
 
 language  SmolLM2-135M, INT4 symmetric g64, embeddings and head in float, pure distillation from the float model on the
           first 60 % of the text; learning rates are tuned on the next 10 %, equally for all arms; measured on the last
-          30 %. Arms that end in -gptq or -signround start from that PTQ, calibrated on the part to train; those that
-          end in -ce learn the text itself, and are compared with a float model that does.
+          30 %. Arms that end in -gptq or -signround start from that PTQ, calibrated on the part to train; qat-scales
+          keeps its codes, and trains scales and norms. Those that end in -ce learn the text itself, and are compared
+          with a float model that does.
 encoder   MiniLM on STS-B, INT4 per channel with dynamic INT8 activations; trained on train, tuned on its last 10 %,
           measured on dev. QAT starts from the fine-tuned float model; float-more trains that on in float as long. Arms
           that end in -2bit round to 4 levels, where PTQ loses points: at 16 it loses none to speak of.
@@ -20,7 +21,6 @@ cost      One optimizer step at 4 micro-batches of SmolLM2: full training with a
 
 import argparse
 import copy
-import itertools
 import json
 import resource
 import statistics
@@ -39,7 +39,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hfquant import convert_model_qat, prepare_model_qat, quantize_model_ptq
+from hfquant import (
+    convert_model_qat,
+    merge_adapters,
+    prepare_model_for_finetuning,
+    prepare_model_qat,
+    quantize_model_ptq,
+)
 from hfquant.evaluation.compare import compare_models, sentence_similarity, spearman
 from hfquant.hf.qat import qat_state
 from hfquant.numerics.affine import fake_quantize, round_scale, split_groups
@@ -62,6 +68,8 @@ LANGUAGE_ARMS = (
     "qat-full-gptq",
     "qat-full-signround",
     "qat-lora-signround",
+    "qat-scales-gptq",
+    "qat-scales-signround",
     "torchao",
     "float-ce",
     "qat-full-signround-ce",
@@ -91,6 +99,8 @@ LANGUAGE_RATES: dict[str, tuple[Rate, ...]] = {
     "qat-full-gptq": ((1e-4, 0.0, 2e-4), (3e-4, 0.0, 2e-4), (1e-3, 0.0, 2e-4)),
     "qat-full-signround": ((1e-6, 1e-4), (3e-6, 1e-4), (1e-5, 1e-4)),
     "qat-lora-signround": ((3e-4, 1e-3), (3e-4, 1e-2), (1e-3, 1e-2)),
+    "qat-scales-gptq": ((1e-4, 1e-3), (3e-4, 3e-3), (1e-3, 1e-2)),
+    "qat-scales-signround": ((3e-5, 3e-4), (1e-4, 1e-3), (3e-4, 3e-3)),
     "torchao": (1e-4, 3e-4, (3e-4, 1e-3, 2e-4)),
 }
 """Learning rates that are tried where they differ from --rates and ``PLAIN_RATES``, as many."""
@@ -104,6 +114,10 @@ def is_trained(arm: str) -> bool:
 def start_of(arm: str) -> str | None:
     """The calibrated PTQ that ``arm`` of the language model is, or trains from; ``None`` for the search."""
     return next((algorithm for algorithm in CALIBRATED if algorithm in arm), None)
+
+
+def keeps_codes_of_ptq(arm: str) -> bool:
+    return arm.startswith(("ptq", "qat-scales"))
 
 
 def scheme_of(task: str, arm: str) -> dict[str, Any]:
@@ -127,6 +141,8 @@ def prepared(model: nn.Module, arm: str, scheme: dict[str, Any], start: str | No
         from torchao.quantization.qat import QATConfig
 
         quantize_(model, QATConfig(torchao_config(scheme, arm), step="prepare"), filter_fn=is_quantized_linear)
+    elif arm.startswith("qat-scales"):
+        prepare_model_for_finetuning(model, "scales", progress=False)
     elif arm.startswith("qat") or start is not None or bits_of(arm) < 4:
         variant = "lora" if "lora" in arm else "full"
         quick = {} if start is None else {"algorithm": "rtn"}
@@ -147,6 +163,20 @@ def write_start(options: argparse.Namespace, algorithm: str) -> dict[str, Any]:
     return {}
 
 
+def write_ptq(options: argparse.Namespace, algorithm: str) -> dict[str, Any]:
+    """The language model after calibrated PTQ, once for all arms and seeds."""
+    source = language_source(options)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval().to(options.device)
+    data, fields = calibration_windows(split_ids(options, source)["train"]), ptq_fields(algorithm, options)
+    quantize_model_ptq(model, calibration_data=data, progress=False, **LANGUAGE_SCHEME | fields)
+    model.save_pretrained(ptq_folder(options, algorithm))
+    return {}
+
+
+def ptq_folder(options: argparse.Namespace, algorithm: str) -> Path:
+    return options.results / f"language-ptq-{algorithm}.quantized"
+
+
 def start_file(options: argparse.Namespace, algorithm: str) -> str:
     return str(options.results / f"language-start-{algorithm}.safetensors")
 
@@ -162,6 +192,8 @@ def converted(model: nn.Module, arm: str, scheme: dict[str, Any], options: Any, 
         from torchao.quantization.qat import QATConfig
 
         quantize_(model, QATConfig(torchao_config(scheme, arm), step="convert"), filter_fn=is_quantized_linear)
+    elif arm.startswith("qat-scales"):
+        merge_adapters(model)
     elif arm.startswith("qat") or qat_state(model) is not None:
         widen_(model)
         convert_model_qat(model)  # before any training it is what PTQ makes (tests/qat/test_prepare.py)
@@ -289,16 +321,17 @@ def split_ids(options: argparse.Namespace, source: Path) -> dict[str, Tensor]:
     return parts
 
 
-def language_losses(
-    model: nn.Module, teacher: nn.Module, ids: Tensor, options: Any, arm: str, seed: int, skip: int = 0
-) -> Iterator:
-    """The losses of random batches but the first ``skip``."""
+def language_batches(ids: Tensor, options: Any, seed: int) -> Iterator[Tensor]:
+    """Random windows of the text, ``[B, T]``."""
     generator = torch.Generator().manual_seed(seed)
-    for number in itertools.count():
+    while True:
         starts = torch.randint(0, len(ids) - options.context, (options.batch,), generator=generator)
-        if number < skip:
-            continue
-        batch = torch.stack([ids[start : start + options.context] for start in starts.tolist()]).to(options.device)
+        yield torch.stack([ids[start : start + options.context] for start in starts.tolist()]).to(options.device)
+
+
+def language_losses(model: nn.Module, teacher: nn.Module, ids: Tensor, options: Any, arm: str, seed: int) -> Iterator:
+    """The losses of random batches."""
+    for batch in language_batches(ids, options, seed):
         logits = model(batch).logits[:, :-1]
         if arm.endswith("-ce"):
             yield cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
@@ -321,11 +354,16 @@ def run_language(options: argparse.Namespace, arm: str, seed: int, rate: Rate, p
     torch.manual_seed(seed)
     teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval().to(options.device)
     start = start_of(arm)
-    model = prepared(copy.deepcopy(teacher), arm, LANGUAGE_SCHEME, start and start_file(options, start))
+    if start is not None and keeps_codes_of_ptq(arm):
+        model = AutoModelForCausalLM.from_pretrained(ptq_folder(options, start), dtype=torch.float32)
+        model = prepared(model.to(options.device), arm, LANGUAGE_SCHEME)
+    else:
+        model = prepared(copy.deepcopy(teacher), arm, LANGUAGE_SCHEME, start and start_file(options, start))
     result: dict[str, Any] = {}
     if is_trained(arm):
         result = train(model, options.steps, rate, language_losses(model, teacher, ids["train"], options, arm, seed))
-    model = converted(model, arm, LANGUAGE_SCHEME, options, lambda: calibration_windows(ids["train"]))
+    if not arm.startswith("ptq"):
+        model = converted(model, arm, LANGUAGE_SCHEME, options, lambda: calibration_windows(ids["train"]))
     if hasattr(model, "dequantize") and hasattr(model, "hf_quantizer"):
         model.dequantize()  # the same logits, bit for bit, sooner (tests/hf/test_dequantize.py)
     found = compare_models(teacher, {arm: model}, ids[part], context=512, progress=False)[arm]
@@ -455,8 +493,11 @@ def recovery_rows(options: argparse.Namespace, task: str, chosen: list[str], mea
     """Tune with the first seed, all arms as often, then run every seed."""
     from arms import results
 
-    starts = dict.fromkeys(start for arm in chosen if task == "language" and (start := start_of(arm)) is not None)
-    calls = {f"language-start-{start}": (write_start, (options, start)) for start in starts}
+    calls: dict[str, Any] = {}
+    for arm in chosen if task == "language" else ():
+        if (start := start_of(arm)) is not None:
+            kind, write = ("ptq", write_ptq) if keeps_codes_of_ptq(arm) else ("start", write_start)
+            calls[f"language-{kind}-{start}-base"] = write, (options, start)
     results(options.results, calls, jobs=options.jobs, threads=options.threads)
     sign, rates = (1 if task == "language" else -1), dict[str, Rate]()
     trained = [arm for arm in chosen if is_trained(arm)]
