@@ -21,11 +21,7 @@ def ready_to_finetune(model: nn.Module | None, args: TrainingConfig) -> Any:
     """
     if model is None:
         raise ConfigError("enable_quantized_finetuning=True needs model=..., not model_init=...")
-    if not isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
-        raise ConfigError(
-            f"{type(model).__name__} is no Transformers model, whose checkpoints QuantTrainer writes; call "
-            "prepare_model_for_finetuning(model, ...), train it in a loop of yours, and save_quantized(model, ...)"
-        )
+    _check_transformers(model)
     state = finetune_state(model)
     found = "side" if hasattr(model, "peft_config") else None if state is None else state.adapter
     if found is not None:
@@ -45,6 +41,14 @@ def ready_to_finetune(model: nn.Module | None, args: TrainingConfig) -> Any:
     )
 
 
+def _check_transformers(model: nn.Module) -> None:
+    if not isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
+        raise ConfigError(
+            f"{type(model).__name__} is no Transformers model, whose checkpoints QuantTrainer writes; call "
+            "prepare_model_for_finetuning(model, ...), train it in a loop of yours, and save_quantized(model, ...)"
+        )
+
+
 def quantize_to_train_scales(model: nn.Module, config: HfQuantConfig, batches: Any, args: TrainingConfig) -> None:
     """PTQ of the float ``model``, in place, and its scales, norms and biases ready to train.
 
@@ -55,6 +59,7 @@ def quantize_to_train_scales(model: nn.Module, config: HfQuantConfig, batches: A
     References:
         Chen et al. 2025 (EfficientQAT), section 3.3, https://arxiv.org/abs/2407.11062.
     """
+    _check_transformers(model)
     quantize_model_ptq(model, config, calibration_data=batches, progress=not args.disable_tqdm)
     quantizer: Any = model.hf_quantizer
     quantizer.quantization_config.quantization_mode = "qat"

@@ -252,7 +252,8 @@ class QuantTrainer(StagedCheckpoints):
             mask = inputs["attention_mask"].bool() if labels is None and "attention_mask" in inputs else None
             if labels is not None and labels.shape == ours.shape[:2]:
                 mask = labels != -100
-                if type(self.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+                inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # PEFT's
+                if type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
                     ours, theirs, mask = ours[:, :-1], theirs[:, :-1], mask[:, 1:]
         return distillation_loss(ours, theirs, mask, temperature=self.args.distillation_temperature)
 

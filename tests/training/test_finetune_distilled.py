@@ -16,7 +16,7 @@ from hfquant.numerics.metrics import sqnr_db
 from hfquant.qat.distill import distillation_loss
 from tests.support.finetune import packed_model
 from tests.support.tiny_models import build, output
-from tests.support.tolerance import BFLOAT16_SQNR_DB
+from tests.support.tolerance import BFLOAT16_SQNR_DB, SAME_VALUES
 from tests.support.training import QAT4, config, examples
 from tests.training.test_finetune_trainer import FINETUNE, SAVES, digests, trainer
 
@@ -123,6 +123,30 @@ def test_scales_learn_from_a_teacher_that_is_given(tmp_path: Path) -> None:
     before = divergence(made, teacher)
     made.train()
     assert divergence(made, teacher) < before
+
+
+@pytest.mark.parametrize("adapter", ["grid", "scales", "side"])
+def test_only_tokens_that_are_predicted_count(adapter: str, tmp_path: Path) -> None:
+    """The logits at a position are those of the next token, whose label says whether it counts."""
+    args = config(tmp_path, **FINETUNE | DISTILS | {"adapter": adapter, "distillation_temperature": 2.0})
+    teacher = build("llama-tied").eval()
+    made = QuantTrainer(model=packed_model("llama-tied"), args=args, train_dataset=examples(), teacher_model=teacher)
+    rows = torch.stack([row["input_ids"] for row in examples(2)])
+    labels = rows.clone()
+    labels[0, :7], labels[1, 9:] = -100, -100
+    found = made.compute_loss(made.model.train(), {"input_ids": rows, "labels": labels})
+    ours, theirs = (model(rows).logits.detach().double() / 2 for model in (made.model, teacher))
+    divergence = (theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1)
+    expected = 4 * torch.cat([divergence[0, 6:-1], divergence[1, :8]]).mean()
+    torch.testing.assert_close(found.detach().double(), expected, **SAME_VALUES)
+
+
+def test_a_model_that_is_not_transformers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Sequential is no Transformers model"):
+        QuantTrainer(
+            model=torch.nn.Sequential(torch.nn.Linear(64, 64)),
+            args=config(tmp_path, **QAT4 | {"qat_variant": "scales"}),
+        )
 
 
 def test_somebody_to_learn_from_is_needed(tmp_path: Path) -> None:
