@@ -676,7 +676,7 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=0)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--ptq-algorithm", choices=("gptq", "signround"), default="gptq")
-    parser.add_argument("--distillation", type=float, default=1.0, help="share in the loss of grid-delay at its end")
+    parser.add_argument("--distillation", type=float, default=0.5, help="share in the loss of grid-delay at its end")
     parser.add_argument("--ptq-iterations", type=int, help="of signround")
     parser.add_argument("--eval-tokens", type=int, default=16384, help="0 takes all")
     parser.add_argument("--tune-tokens", type=int, default=4096)
