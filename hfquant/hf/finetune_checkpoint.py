@@ -5,7 +5,6 @@ A checkpoint of fine-tuning is a folder that ``from_pretrained`` loads as the qu
 
     hfquant_training.safetensors   what the adapted modules started from, and what trains on them, under the names of
                                    the state dict (``nn/adapted_module.py``)
-
     hfquant_teacher.safetensors    the float model that training distils from, where it is the run's own
 
 All other parameters are those of ``model.safetensors``.
@@ -22,7 +21,8 @@ from transformers import PreTrainedModel
 from hfquant.errors import FormatError
 from hfquant.finetune.adapted import load_training_tensors_, training_tensors
 from hfquant.finetune.merge import merged_state_dict
-from hfquant.hf.rounding import Model, unrounded_copy
+from hfquant.hf.finetune import Model
+from hfquant.hf.rounding import unrounded_copy
 from hfquant.hf.source import checkpoint_files
 
 

@@ -8,7 +8,7 @@ References:
 """
 
 import copy
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,14 +19,12 @@ from hfquant.errors import ConfigError
 from hfquant.finetune.adapted import adapted_modules
 from hfquant.hf.calibration import read_calibration_data
 from hfquant.hf.config import check_choice, check_integer
-from hfquant.hf.finetune import finetune_state
+from hfquant.hf.finetune import Model, finetune_state
 from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.nn.adapted_module import AdaptedModule
 from hfquant.ptq.calibrated import CalibrationOptions
 from hfquant.ptq.recalibrated import Recalibration
 
-
-Model = TypeVar("Model", bound=nn.Module)
 
 ALGORITHMS = ("gptq", "signround")
 """That can round anew; the others change what is beside the weights, or look at no data."""

@@ -50,11 +50,7 @@ def _check_transformers(model: nn.Module) -> None:
 
 
 def quantize_to_train_scales(model: nn.Module, config: HfQuantConfig, batches: Any, args: TrainingConfig) -> None:
-    """PTQ of the float ``model``, in place, and its scales, norms and biases ready to train.
-
-    Raises:
-        ConfigError: As ``quantize_model_ptq`` and ``prepare_model_for_finetuning``.
-        CalibrationError: As ``quantize_model_ptq``.
+    """PTQ of the float ``model``, in place, and its scales, norms and biases ready to train; raises what these do.
 
     References:
         Chen et al. 2025 (EfficientQAT), section 3.3, https://arxiv.org/abs/2407.11062.
