@@ -544,11 +544,15 @@ def smoke(device: str) -> dict[str, Any]:
     torch.manual_seed(0)
     options = argparse.Namespace(batch=2, context=16, steps=4, smoke=True, cost_steps=1, device=device, iterations=2)
     teacher, ids, results = tiny_llama().eval().to(device), torch.arange(300) % 250, {}
-    for arm in ("zero-step", "ptq-gptq", "qat-full", "qat-lora"):
-        model = prepared(copy.deepcopy(teacher), arm, SMOKE_SCHEME)
+    data = [{"input_ids": ids[:32].unsqueeze(0)}]
+    for arm in ("zero-step", "ptq-gptq", "qat-full", "qat-lora", "qat-scales-gptq"):
+        model = copy.deepcopy(teacher)
+        if arm.startswith("qat-scales"):
+            quantize_model_ptq(model, calibration_data=data, algorithm="gptq", progress=False, **SMOKE_SCHEME)
+        model = prepared(model, arm, SMOKE_SCHEME)
         if is_trained(arm):
             train(model, options.steps, 1e-3, language_losses(model, teacher, ids, options, arm, 0))
-        model = converted(model, arm, SMOKE_SCHEME, options, lambda: [{"input_ids": ids[:32].unsqueeze(0)}])
+        model = converted(model, arm, SMOKE_SCHEME, options, lambda: data)
         results[arm] = compare_models(teacher, {arm: model}, ids[:64], context=32, progress=False)[arm].mean_kl
     return results | {"cost": run_cost(options, "qat-full", 0, 0.0, "test")}
 

@@ -106,7 +106,7 @@ def test_qat_at_smoke_size(monkeypatch: pytest.MonkeyPatch) -> None:
     qat = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(qat)
     results = qat.main(["--smoke", "--threads", "1"])
-    assert all(results[arm] > 0 for arm in ("zero-step", "ptq-gptq", "qat-full", "qat-lora"))
+    assert all(results[arm] > 0 for arm in ("zero-step", "ptq-gptq", "qat-full", "qat-lora", "qat-scales-gptq"))
     assert results["cost"]["peak_bytes"] > 0
 
 
