@@ -75,7 +75,7 @@ ARMS = ("head", "lora", "lora-signround", "nf4", "side", "scales", "grid", "grid
 ADAPTER_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 Rate = float | tuple[float, float] | list[float]
 RATES: dict[str, tuple[Rate, ...]] = dict.fromkeys(("lora", "nf4", "side", "grid"), ADAPTER_RATES) | {
-    "grid-delay": ((4e-3, 3e-3), (2e-3, 1e-3), (2e-3, 3e-3), (2e-3, 1e-2)),
+    "grid-delay": ((4e-3, 3e-3), (2e-3, 3e-3), (2e-3, 1e-2), (2e-3, 3e-2)),
     "head": (3e-4, 1e-3, 3e-3, 1e-2),
     "scales": tuple((rate, rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2)),
     "lora-signround": (0.0,),
