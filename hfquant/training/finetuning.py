@@ -57,8 +57,7 @@ def quantize_to_train_scales(model: nn.Module, config: HfQuantConfig, batches: A
     """
     _check_transformers(model)
     quantize_model_ptq(model, config, calibration_data=batches, progress=not args.disable_tqdm)
-    quantizer: Any = model.hf_quantizer
-    quantizer.quantization_config.quantization_mode = "qat"
+    model.hf_quantizer.quantization_config.quantization_mode = "qat"  # type: ignore[union-attr]
     prepare_model_for_finetuning(
         model,
         "scales",

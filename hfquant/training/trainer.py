@@ -182,6 +182,8 @@ class QuantTrainer(StagedCheckpoints):
                     )
         if self._mode == "ptq" and getattr(self.model, "is_quantized", False):
             raise ConfigError("the model was quantized when training ended; dequantize_model(model) to train on")
+        if self._own_teacher:
+            self._teacher = None  # of a run before
         result = super().train(*args, **kwargs)
         if self._mode == "ptq":
             config = self.args.quantization_config()
@@ -300,9 +302,9 @@ class QuantTrainer(StagedCheckpoints):
         check_resumable(folder, training_record(self.model, self.args))
         if finetune_state(self.model) is not None:
             load_finetune_checkpoint_(self.model, folder)
-            step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
-            if self._own_teacher and step > self.args.adapter_delay_steps:
-                self._teacher = load_teacher(self.model, folder)
+            if self._own_teacher:
+                step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+                self._teacher = load_teacher(self.model, folder) if step > self.args.adapter_delay_steps else None
             return
         if qat_state(self.model) is not None:
             _check_names(folder, self.model)

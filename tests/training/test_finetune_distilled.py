@@ -100,6 +100,8 @@ def test_after_the_rounding_the_model_learns_from_what_it_was_before(tmp_path: P
     assert not (tmp_path / "final" / TEACHER).exists()
     assert not (tmp_path / "checkpoint-2" / TEACHER).exists()
     assert verify_checkpoint(tmp_path / "checkpoint-4", progress=False).problems == ()
+    made.train()  # anew: what was learned from in the run before counts no more
+    assert [entry["loss"] for entry in made.state.log_history if "loss" in entry][0] > 1
 
 
 def test_a_damaged_teacher_is_refused(tmp_path: Path) -> None:
