@@ -4,8 +4,8 @@
     python benchmarks/finetune.py language --text wikitext2-valid.txt
 
 Every finished arm of a seed is one JSON file in --results; one that has its file is not repeated, so the command can be
-interrupted and given again. The rows and the paired comparisons are written to --json. --device cuda trains on a GPU
-(with products in TF32), --jobs 8 lets eight arms share it.
+interrupted and given again. The rows and the paired comparisons are written to --json. --bf16 trains by autocast to
+bfloat16. --device cuda trains on a GPU (with products in TF32), --jobs 8 lets eight arms share it.
 
 classification  MiniLM on sentence polarity (Pang and Lee 2005), one split for all: 70 % to train, 10 % to tune, 20 % to
                 judge, drawn with seed 0. The head (pooler, and a new classifier) trains in every arm.
@@ -36,7 +36,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,7 @@ class Task:
     """
 
     source: Path
+    options: argparse.Namespace
     measure: str
     sign: int
 
@@ -184,6 +185,15 @@ class Task:
                 loss = (1 - share) * loss + share * total / count
             yield loss
 
+    def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Of a batch to train on."""
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.options.bf16):
+            return model(**inputs).logits.float()
+
+    @torch.no_grad()
+    def targets(self, teacher: nn.Module | None, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        return None if teacher is None else self.logits(teacher, inputs)
+
     def judge(self, model: nn.Module, part: str) -> dict[str, Any]:
         raise NotImplementedError
 
@@ -197,7 +207,7 @@ class Classification(Task):
         from demo_models import fetch_minilm
 
         self.source = options.encoder or fetch_minilm()[0]
-        self.batch = options.batch
+        self.options, self.batch = options, options.batch
         tokenizer = AutoTokenizer.from_pretrained(self.source)
         sides = [
             file.read_text(encoding="latin-1").rstrip("\n").split("\n") for file in (options.negative, options.positive)
@@ -222,9 +232,7 @@ class Classification(Task):
         for rows in itertools.islice(self.batches(seed), skip, None):
             labels = torch.tensor([label for _, label in rows], device=model.device)
             inputs = batched([ids for ids, _ in rows]).to(model.device)
-            with torch.no_grad():
-                theirs = None if teacher is None else teacher(**inputs).logits
-            yield model(**inputs).logits, labels, theirs
+            yield self.logits(model, inputs), labels, self.targets(teacher, inputs)
 
     def batches(self, seed: int) -> Iterator[list[tuple[list[int], int]]]:
         """Batches of sentences of like length, in random order."""
@@ -285,9 +293,9 @@ class Language(Task):
         from qat import language_batches
 
         for batch in itertools.islice(language_batches(self.parts["train"], self.options, seed), skip, None):
-            with torch.no_grad():
-                theirs = None if teacher is None else teacher(batch).logits[:, :-1].flatten(0, 1)
-            yield model(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), theirs
+            theirs = self.targets(teacher, {"input_ids": batch})
+            theirs = None if theirs is None else theirs[:, :-1].flatten(0, 1)
+            yield self.logits(model, {"input_ids": batch})[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), theirs
 
     def judge(self, model: nn.Module, part: str) -> dict[str, Any]:
         return {"perplexity": perplexity(model, self.parts[part], context=512, progress=False).perplexity}
@@ -548,7 +556,7 @@ class SmokeLanguage(Language):
 
 class SmokeClassification(Classification):
     def __init__(self, options: argparse.Namespace) -> None:
-        self.batch = options.batch
+        self.options, self.batch = options, options.batch
         rows = [([2 + i % 90, 3 + i % 50, 5, 7], i % 2) for i in range(160)]
         self.parts = {"train": rows, "tune": rows[:16], "test": rows[16:48]}
 
@@ -683,6 +691,7 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of one arm")
     parser.add_argument("--jobs", type=int, default=1, help="how many arms at a time")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="train by autocast to bfloat16; judged as without it")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model, in seconds")
     parser.add_argument("--json", type=Path, help="write the results here too")
     options = parser.parse_args(given)

@@ -237,9 +237,9 @@ class HfQuantQuantizer(HfQuantizer):
         self.quantization_config.save_id = metadata[SAVE_ID_KEY]
         return state_dict, metadata
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        check_rounded(model)
-        return dequantize_in_place(model, dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        check_rounded(model)  # below: save_pretrained leaves the dtype's name in the config, which is what is asked for
+        return dequantize_in_place(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     def is_serializable(self) -> bool:
         """Quantized models are saved like any other."""

@@ -100,6 +100,14 @@ def test_the_methods_of_transformers_do_the_same(tmp_path: Path) -> None:
         assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "plain").lm_head) is torch.nn.Linear
 
 
+def test_a_model_that_was_just_saved_dequantizes(tmp_path: Path) -> None:
+    model = quantize_model_ptq(build("llama"), quantization_bits=4, progress=False)
+    model.save_pretrained(tmp_path)  # Transformers leaves the name of the dtype in the config
+    model.dequantize()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert type(model.lm_head) is torch.nn.Linear
+
+
 def test_a_float_model_has_nothing_to_dequantize() -> None:
     with pytest.raises(ConfigError, match="not quantized"):
         dequantize_model(build("llama"))
