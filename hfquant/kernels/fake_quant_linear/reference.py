@@ -95,10 +95,12 @@ def fake_quant_linear_backward_reference(
 
 
 def adapted_weight(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, factor: float) -> Tensor:
-    """``weight + factor * lora_b @ lora_a``, in float32 where there is an adapter."""
+    """``weight + factor * lora_b @ lora_a``, in float32 where there is an adapter; one expert at a time."""
     if lora_a is None or lora_b is None:
         return weight
-    return (lora_b @ lora_a).mul_(factor).add_(weight)
+    if weight.ndim == 3:  # a batched product may round differently than the forward's, which is not
+        return torch.stack([adapted_weight(*part, factor) for part in zip(weight, lora_a, lora_b, strict=True)])
+    return torch.addmm(weight.to(lora_b.dtype), lora_b, lora_a, alpha=factor)
 
 
 def _values(
