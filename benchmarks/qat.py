@@ -16,7 +16,8 @@ language  SmolLM2-135M, INT4 symmetric g64, embeddings and head in float, pure d
 encoder   MiniLM on STS-B, INT4 per channel with dynamic INT8 activations; trained on train, tuned on its last 10 %,
           measured on dev. QAT starts from the fine-tuned float model; float-more trains that on in float as long. Arms
           that end in -2bit round to 4 levels, where PTQ loses points: at 16 it loses none to speak of.
-cost      One optimizer step at 4 micro-batches of SmolLM2: full training with and without QAT, LoRA and "lora".
+cost      One optimizer step at 4 micro-batches of SmolLM2: full training with and without QAT, LoRA and "lora"; arms
+          that end in -distilled learn from the teacher that QuantTrainer gives them, not from the text.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +52,8 @@ from hfquant.evaluation.compare import compare_models, sentence_similarity, spea
 from hfquant.hf.qat import qat_state
 from hfquant.numerics.affine import fake_quantize, round_scale, split_groups
 from hfquant.numerics.straight_through import row_values
-from hfquant.qat.distill import distillation_loss
-from hfquant.qat.prepare import fake_quant_modules, keep_codes
+from hfquant.qat.distill import distillation_loss, teacher_copy
+from hfquant.qat.prepare import bypassed, fake_quant_modules, keep_codes
 
 
 HERE = Path(__file__).resolve()
@@ -90,6 +92,7 @@ ENCODER_ARMS = (
     "qat-full-2bit",
     "torchao-2bit",
 )
+COST_ARMS = ("float", "qat-full", "qat-full-distilled", "lora", "qat-lora", "qat-lora-distilled")
 SCALE_RATE = 1e-3
 EPSILON = 1e-8
 Rate = float | tuple[float, ...] | list[float]
@@ -430,6 +433,7 @@ def run_cost(options: argparse.Namespace, arm: str, seed: int, rate: Rate, part:
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
+    teacher = teacher_copy(model) if arm == "qat-full-distilled" else model
     model = prepared(model, arm, LANGUAGE_SCHEME if not options.smoke else SMOKE_SCHEME)
     keep_codes(model, True)
     optimizer = optimizer_for(model, 1e-5)
@@ -438,8 +442,15 @@ def run_cost(options: argparse.Namespace, arm: str, seed: int, rate: Rate, part:
         started = time.perf_counter()
         for _ in range(4):
             batch = torch.randint(0, 200, (options.batch, options.context))
-            logits = model(batch).logits
-            (cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()) / 4).backward()
+            logits = model(batch).logits[:, :-1]
+            if arm.endswith("-distilled"):
+                with torch.no_grad(), nullcontext() if teacher is not model else bypassed(model):
+                    target = teacher(batch).logits[:, :-1]
+                total, count = distillation_loss(logits, target, None, temperature=1.0)
+                loss = total / count
+            else:
+                loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            (loss / 4).backward()
         optimizer.step()
         optimizer.zero_grad()
         for _, module in fake_quant_modules(model):
@@ -518,7 +529,7 @@ def recovery_rows(options: argparse.Namespace, task: str, chosen: list[str], mea
 
 def cost_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Arms take turns; the ratio is that of medians over all rounds."""
-    chosen = tuple(options.arms) if options.arms else ("float", "qat-full", "lora", "qat-lora")
+    chosen = tuple(options.arms) if options.arms else COST_ARMS
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in chosen}
     for turn in range(options.rounds):
         for arm in chosen:
@@ -554,7 +565,8 @@ def smoke(device: str) -> dict[str, Any]:
             train(model, options.steps, 1e-3, language_losses(model, teacher, ids, options, arm, 0))
         model = converted(model, arm, SMOKE_SCHEME, options, lambda: data)
         results[arm] = compare_models(teacher, {arm: model}, ids[:64], context=32, progress=False)[arm].mean_kl
-    return results | {"cost": run_cost(options, "qat-full", 0, 0.0, "test")}
+    costs = {arm: run_cost(options, arm, 0, 0.0, "test") for arm in COST_ARMS}
+    return results | {"cost": costs}
 
 
 def arguments(given: list[str]) -> argparse.Namespace:
