@@ -21,9 +21,10 @@ lora         LoRA on the float model
 lora, ptq    that, merged, then quantized with --ptq-algorithm; lora-signround with SignRound
 nf4          LoRA on bitsandbytes' NF4, and merged by PEFT
 grid         hfquant's adapter inside the rounding, merged, saved and loaded again
-grid-delay   the same without rounding for the first 0.7 of the steps, then rounded anew with --ptq-algorithm; what it
+grid-delay   the same without rounding for the first half of the steps, then rounded anew with --ptq-algorithm; what it
              has then is kept in a file too: up to there nothing depends on the learning rate of scales. From there on
-             --distillation of the loss is the divergence from the model before the rounding
+             adapters are at rest, scales train, and --distillation of the loss is the divergence from the model before
+             the rounding. Each half has a learning rate schedule of its own
 scales       hfquant's scales, norms and biases alone
 side         LoRA beside hfquant's codes, and merged onto the grid
 """
@@ -68,14 +69,14 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "examples")]
 SCHEME = {"quantization_bits": 4, "quantization_type": "weight_only", "group_size": 64, "embedding_bits": 16}
 RANK = 16
 
-DELAY = 0.7
+DELAY = 0.5
 """Share of the steps for which "grid-delay" trains without rounding."""
 
 ARMS = ("head", "lora", "lora-signround", "nf4", "side", "scales", "grid", "grid-delay")
 ADAPTER_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 Rate = float | tuple[float, float] | list[float]
 RATES: dict[str, tuple[Rate, ...]] = dict.fromkeys(("lora", "nf4", "side", "grid"), ADAPTER_RATES) | {
-    "grid-delay": ((4e-3, 3e-3), (2e-3, 3e-3), (2e-3, 1e-2), (2e-3, 3e-2)),
+    "grid-delay": ((4e-3, 2e-3), (2e-3, 1e-3), (2e-3, 2e-3), (2e-3, 4e-3)),
     "head": (3e-4, 1e-3, 3e-3, 1e-2),
     "scales": tuple((rate, rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2)),
     "lora-signround": (0.0,),
@@ -366,11 +367,19 @@ def trained(task: Task, options: argparse.Namespace, arm: str, seed: int, rate: 
             load(model, arm, rounded_file(options, seed, rate))
             teacher = unrounded_copy(model)
             load_model(teacher, teacher_file(options, seed, rate))
+            rest_adapters(model)
         torch.manual_seed(2000 + seed)
         losses = task.losses(model, seed, done, teacher, options.distillation)
-        seconds = before + train(model, options.steps, rate, losses, range(done, options.steps))["seconds"]
+        seconds = before + train(model, options.steps - done, rate, losses)["seconds"]
         keep(model, arm, file, seconds)
     return model.eval(), load(model, arm, file)
+
+
+def rest_adapters(model: nn.Module) -> None:
+    """Leave scales to train: an adapter that flips single codes undoes what calibration made of them together."""
+    for name, parameter in model.named_parameters():
+        if "_lora_" in name:
+            parameter.requires_grad_(False)
 
 
 def delayed_steps(options: argparse.Namespace) -> int:
@@ -397,13 +406,13 @@ def write_rounded(options: argparse.Namespace, seed: int, rate: Rate, task: Task
     from hfquant.hf.rounding import round_anew, set_rounding, unrounded_copy
 
     task, file = task or TASKS[options.task](options), rounded_file(options, seed, rate)
-    arm, steps = "grid-delay", range(delayed_steps(options))
+    arm = "grid-delay"
     model = freeze(prepared(base_model(task, options, arm, seed), arm, seed), arm)
     if not file.is_file():
         set_rounding(model, False)
         torch.manual_seed(2000 + seed)
         started = time.perf_counter()
-        train(model, options.steps, adapter_rate(rate), task.losses(model, seed), steps)
+        train(model, delayed_steps(options), adapter_rate(rate), task.losses(model, seed))
         save_model(unrounded_copy(model), teacher_file(options, seed, rate))
         how = {"algorithm": options.ptq_algorithm, "iterations": options.ptq_iterations}
         round_anew(model, task.calibration(), progress=False, **how)
@@ -684,7 +693,7 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=0)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--ptq-algorithm", choices=("gptq", "signround"), default="gptq")
-    parser.add_argument("--distillation", type=float, default=0.5, help="share in the loss of grid-delay at its end")
+    parser.add_argument("--distillation", type=float, default=1.0, help="share in the loss of grid-delay at its end")
     parser.add_argument("--ptq-iterations", type=int, help="of signround")
     parser.add_argument("--eval-tokens", type=int, default=16384, help="0 takes all")
     parser.add_argument("--tune-tokens", type=int, default=4096)

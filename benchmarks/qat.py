@@ -272,25 +272,16 @@ def optimizer_for(model: nn.Module, rate: Rate) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
-def train(
-    model: nn.Module, steps: int, rate: Rate, losses: Iterator[Tensor], only: range | None = None
-) -> dict[str, Any]:
-    """AdamW, warm-up over a tenth, then linear to 0, gradients clipped to norm 1; the same for every arm.
-
-    ``only`` are those of the ``steps`` that are taken.
-    """
-    taken = range(steps) if only is None else only
+def train(model: nn.Module, steps: int, rate: Rate, losses: Iterator[Tensor]) -> dict[str, Any]:
+    """AdamW, warm-up over a tenth, then linear to 0, gradients clipped to norm 1; the same for every arm."""
     optimizer = optimizer_for(model, rate)
-
-    def factor(done: int) -> float:
-        step = taken.start + done
-        return min((step + 1) / max(1, steps // 10), (steps - step) / steps)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / max(1, steps // 10), (steps - step) / steps)
+    )
     model.train()
     torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU; nothing changes on a CPU
     started, seen = time.perf_counter(), []
-    for _ in taken:
+    for _ in range(steps):
         loss = next(losses)
         loss.backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)

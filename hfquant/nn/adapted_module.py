@@ -35,6 +35,8 @@ from hfquant.numerics.residual import sixteenths
 TRAINED_SUFFIXES = ("log_scale", "lora_A", "lora_B", "input_log_scale")
 """Of the parameters that train."""
 
+ADAPTER_SUFFIXES = ("_lora_A", "_lora_B")
+
 NOT_ROUNDED = (
     "the weights are not rounded yet: the packed model would not be what was trained. Train on until "
     "adapter_delay_steps are over, or call round_anew(model, batches) of hfquant.hf.rounding"

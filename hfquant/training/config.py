@@ -65,7 +65,7 @@ class TrainingConfig(TrainingArguments, SchemeFields):
             ``algorithm="gptq"`` or ``"signround"``, quantization-aware training starts from that PTQ.
         distillation_weight: Share of distillation from the float model in the loss, from 0 to 1. Quantized fine-tuning
             has no float model: it learns from ``teacher_model``, or, from ``adapter_delay_steps`` on, from what the
-            model computed before the rounding.
+            model computed before the rounding; with all of it from there adapters rest then, and scales train.
         distillation_temperature: Divides the logits of both models.
 
     Raises:

@@ -13,6 +13,7 @@ from hfquant.hf.finetune import finetune_state
 from hfquant.hf.finetune_checkpoint import load_finetune_checkpoint_, save_training_state
 from hfquant.hf.qat import check_something_trains
 from hfquant.hf.rounding import is_rounded, round_anew, set_rounding
+from hfquant.nn.adapted_module import ADAPTER_SUFFIXES
 from hfquant.training.callback import CodesCallback, check_resumable, sampled_codes, write_record
 
 
@@ -111,13 +112,18 @@ class SavingFinetuneCallback(FinetuneCallback):
         delay_steps: As for ``FinetuneCallback``.
         batches: Gives the batches that the weights are rounded on, when it comes to that.
         before_rounding: Called just before, with the model.
+        rests: Whether adapters stay as they are from then on.
     """
 
     def __init__(
-        self, delay_steps: int, batches: Callable[[], Iterable[Any]], before_rounding: Callable[[Any], None]
+        self,
+        delay_steps: int,
+        batches: Callable[[], Iterable[Any]],
+        before_rounding: Callable[[Any], None],
+        rests: bool = False,
     ) -> None:
         super().__init__(delay_steps=delay_steps, calibration_data=batches)
-        self.before_rounding = before_rounding
+        self.before_rounding, self.rests = before_rounding, rests
 
     def _calibration_data(self) -> Any:
         return self.calibration_data()
@@ -127,6 +133,15 @@ class SavingFinetuneCallback(FinetuneCallback):
 
     def _resume(self, folder: Path, model: Any) -> None:
         pass
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Keep adapters from the optimizer where they rest; not from DDP, which wants the gradients it began with."""
+        if self.rests and state.global_step >= self.delay_steps:
+            for name, parameter in model.named_parameters():
+                if name.endswith(ADAPTER_SUFFIXES):
+                    parameter.grad = None
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is left to do."""

@@ -127,7 +127,11 @@ class QuantTrainer(StagedCheckpoints):
         steps, state = self.args.adapter_delay_steps, finetune_state(self.model)
         assert state is not None
         state.delay_steps = steps  # which a checkpoint has to agree with before training begins
-        callback = SavingFinetuneCallback(steps, partial(self._first_batches, shared=True), self._keep_teacher)
+        # To a model that it was, an adapter has nothing to add; it would only undo what calibration made of the codes.
+        rests = bool(steps) and self.args.distillation_weight == 1 and self._teacher is None
+        rests = rests and self.args.scale_learning_rate > 0
+        batches = partial(self._first_batches, shared=True)
+        callback = SavingFinetuneCallback(steps, batches, self._keep_teacher, rests)
         self.callback_handler.callbacks.insert(0, callback)
 
     def _keep_teacher(self, model: nn.Module) -> None:

@@ -46,19 +46,20 @@ def test_every_training_config_trains(
     assert [name for name in weights if not torch.equal(weights[name], resumed[name])] == []
 
 
-@pytest.mark.parametrize("adapter", ["grid", "scales"])
+@pytest.mark.parametrize("name", ["grid", "grid-delayed", "scales"])
 def test_every_finetuning_config_trains(
-    adapter: str, float_model: Path, tmp_path: Path, run_json: Callable[..., Any]
+    name: str, float_model: Path, tmp_path: Path, run_json: Callable[..., Any]
 ) -> None:
     text, small, quantized = tmp_path / "text.txt", tmp_path / "run.yaml", tmp_path / "quantized"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 30)
     run_json("quantize", float_model, "-o", quantized, "--bits", "4", "--keep-residual")
-    path = TRAINING[0].parent / f"finetune-int4-{adapter}.yaml"
-    dropped = ("max_steps", "warmup_steps", "context", "logging_steps", "save_steps", "scale_learning_rate")
+    path = TRAINING[0].parent / f"finetune-int4-{name}.yaml"
+    adapter, delay = name.removesuffix("-delayed"), "adapter_delay_steps"
+    dropped = ("max_steps", "warmup_steps", "context", "logging_steps", "save_steps", "scale_learning_rate", delay)
     lines = [line for line in path.read_text().splitlines(keepends=True) if not line.startswith(dropped)]
     small.write_text(
         "".join(lines) + "max_steps: 2\ncontext: 16\nlogging_steps: 1\nsave_steps: 1\nuse_cpu: true\n"
-        "scale_learning_rate: 0.05\n"
+        f"scale_learning_rate: 0.05\n{delay}: {int('delayed' in name)}\n"
     )
     out = tmp_path / "out"
     given = ("train", "--config", small, "--model", quantized, "--text", text, "-o", out)

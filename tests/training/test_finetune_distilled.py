@@ -104,6 +104,21 @@ def test_after_the_rounding_the_model_learns_from_what_it_was_before(tmp_path: P
     assert [entry["loss"] for entry in made.state.log_history if "loss" in entry][0] > 1
 
 
+@pytest.mark.parametrize(
+    ("options", "rests"), [({}, True), ({"distillation_weight": 0.5}, False), ({"scale_learning_rate": 0.0}, False)]
+)
+def test_adapters_rest_where_all_there_is_to_learn_is_what_the_model_was(
+    options: dict[str, float], rests: bool, tmp_path: Path
+) -> None:
+    made = trainer(tmp_path, adapter_delay_steps=2, **DISTILS | SAVES | options)
+    made.train()
+    modules = dict(adapted_modules(made.model)).values()
+    assert rests == (not any(module._parameters["weight_lora_B"].any() for module in modules))
+    assert all(bool(module._parameters["weight_log_scale"].any()) == ("scale" not in str(options)) for module in modules)
+    with_state = {name for name, p in made.model.named_parameters() if p in made.optimizer.state}
+    assert rests == (not any("lora" in name for name in with_state))
+
+
 def test_a_damaged_teacher_is_refused(tmp_path: Path) -> None:
     options = {"adapter_delay_steps": 1, **DISTILS, **SAVES}
     trainer(tmp_path, **options).train()
