@@ -4,8 +4,8 @@
 
 Calibrates on the first 70 % of --text and measures on its last 30 %, and on --second-text if there is one: perplexity,
 mean KL and top-1 agreement against the float model. Embeddings and head stay in float, as the peers leave them. A peer
-runs in its own environment: give the interpreter that has it. ``:50`` behind a name are iterations. Every row states
-seconds; all have 4-bit linear layers with groups of --group-size. With --keep the models stay in DIR, and what is
+runs in its own environment: give the interpreter that has it. ``:50`` behind a name are iterations, ``:200:1`` behind
+one of ours iterations and the windows that one of them sees (4). Every row states seconds; all have 4-bit linear layers with groups of --group-size. With --keep the models stay in DIR, and what is
 there already is not made again: the long runs can be done one by one.
 """
 
@@ -34,14 +34,17 @@ OURS = ("rtn", "search", "awq", "gptq", "signround")
 CALIBRATION_SHARE = 0.7
 
 
-def iterations_of(method: str, options: argparse.Namespace) -> int:
-    return int(method.partition(":")[2] or options.iterations)
+def numbers_of(method: str, options: argparse.Namespace) -> tuple[int, int]:
+    """Iterations, and windows in a batch: what one iteration sees."""
+    given = [int(number) for number in method.split(":")[1:]]
+    iterations, windows = given + [options.iterations, 4][len(given) :]
+    return iterations, windows
 
 
 def our_model(source: Path, method: str, rows: torch.Tensor, options: argparse.Namespace, out: Path) -> dict[str, Any]:
-    algorithm = method.partition(":")[0]
+    algorithm, (iterations, windows) = method.partition(":")[0], numbers_of(method, options)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(options.device)
-    data = {"calibration_data": [{"input_ids": part} for part in rows.split(4)]} if algorithm in OURS[2:] else {}
+    data = {"calibration_data": [{"input_ids": part} for part in rows.split(windows)]} if algorithm in OURS[2:] else {}
     started = time.perf_counter()
     quantize_model_ptq(
         model,
@@ -50,7 +53,7 @@ def our_model(source: Path, method: str, rows: torch.Tensor, options: argparse.N
         group_size=options.group_size,
         embedding_bits=16,
         algorithm=algorithm,
-        iterations=iterations_of(method, options),
+        iterations=iterations,
         progress=not options.smoke,
         **data,
     )
@@ -67,7 +70,7 @@ def peer_model(
         save_file({"input_ids": rows}, tokens)
         command = [python, str(Path(__file__).with_name("ptq_peers.py")), method.partition(":")[0]]
         command += ["--model", str(source), "--tokens", str(tokens), "--out", str(out)]
-        command += ["--iters", str(iterations_of(method, options)), "--group-size", str(options.group_size)]
+        command += ["--iters", str(numbers_of(method, options)[0]), "--group-size", str(options.group_size)]
         subprocess.run(command, check=True)
     found: dict[str, Any] = json.loads((out / "peer.json").read_text())
     return found
@@ -125,7 +128,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8192, help="tokens to measure on; 0 takes all")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=50)
-    parser.add_argument("--ours", nargs="*", default=list(OURS), metavar="ALGORITHM[:ITERATIONS]")
+    parser.add_argument("--ours", nargs="*", default=list(OURS), metavar="ALGORITHM[:ITERATIONS[:WINDOWS]]")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME[:ITERATIONS]=PYTHON")
     parser.add_argument("--second-text", action="store_true", help="also the help topics of Python")
     parser.add_argument("--keep", type=Path, help="where the models stay")

@@ -1,8 +1,8 @@
 """Learned rounding: signed gradient descent on where each weight of a block rounds to, and on the scales.
 
 A weight is ``clamp(round(w / s + v)) * s`` with ``s = s0 * a``; ``v`` in [-1/2, 1/2] and ``a`` near 1 are learned so
-that the block, on quantized inputs, returns what the float block returned on float inputs, each token relative to its
-own size. ``w`` starts as GPTQ's compensated weight, so that the first step already is GPTQ.
+that the block, on quantized inputs, returns what the float block returned on float inputs: an error counts relative to
+the size of its token, and that token as much as it is large. ``w`` starts as GPTQ's compensated weight, so that the first step already is GPTQ.
 
 References:
     Cheng et al. 2023, algorithm 1. https://arxiv.org/abs/2309.05516
@@ -120,9 +120,16 @@ class Task:
     mask: Tensor | None = None
 
     def loss(self) -> Tensor:
-        """Mean over the rows that count of their relative squared error."""
+        """Mean over the rows that count of their relative squared error, times their size in median sizes.
+
+        With nothing but relative errors a token that all others attend to (of 180 times their size in SmolLM2) would
+        go wrong unnoticed; with nothing but squared errors it would be the only one that counts.
+        """
         error = relative_error(self.run(), self.target)
-        return error.mean() if self.mask is None else error[self.mask.bool()].mean()
+        size = self.target.float().norm(dim=-1)
+        if self.mask is not None:
+            error, size = error[self.mask.bool()], size[self.mask.bool()]
+        return (error * size / size.median().clamp_min(1e-30)).mean()
 
 
 def learn_rounding(
