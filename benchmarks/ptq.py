@@ -5,8 +5,9 @@
 Calibrates on the first 70 % of --text and measures on its last 30 %, and on --second-text if there is one: perplexity,
 mean KL and top-1 agreement against the float model. Embeddings and head stay in float, as the peers leave them. A peer
 runs in its own environment: give the interpreter that has it. ``:50`` behind a name are iterations, ``:200:1`` behind
-one of ours iterations and the windows that one of them sees (4). Every row states seconds; all have 4-bit linear layers with groups of --group-size. With --keep the models stay in DIR, and what is
-there already is not made again: the long runs can be done one by one.
+one of ours iterations and the windows that one of them sees (4). Every row states seconds; all have 4-bit linear layers
+with groups of --group-size. With --keep the models stay in DIR, and what is there already is not made again: the long
+runs can be done one by one.
 """
 
 import argparse

@@ -2,7 +2,8 @@
 
 A weight is ``clamp(round(w / s + v)) * s`` with ``s = s0 * a``; ``v`` in [-1/2, 1/2] and ``a`` near 1 are learned so
 that the block, on quantized inputs, returns what the float block returned on float inputs: an error counts relative to
-the size of its token, and that token as much as it is large. ``w`` starts as GPTQ's compensated weight, so that the first step already is GPTQ.
+the size of its token, and that token as much as it is large. ``w`` starts as GPTQ's compensated weight, so that the
+first step already is GPTQ.
 
 References:
     Cheng et al. 2023, algorithm 1. https://arxiv.org/abs/2309.05516
