@@ -127,7 +127,7 @@ class Task:
         go wrong unnoticed; with nothing but squared errors it would be the only one that counts.
         """
         error = relative_error(self.run(), self.target)
-        size = torch.linalg.vector_norm(self.target.float(), dim=-1)
+        size: Tensor = torch.linalg.vector_norm(self.target.float(), dim=-1)
         if self.mask is not None:
             error, size = error[self.mask.bool()], size[self.mask.bool()]
         return (error * size / size.median().clamp_min(1e-30)).mean()
