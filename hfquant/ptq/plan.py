@@ -177,7 +177,7 @@ def _memory(
     block = _largest_block(model, selection)
     squares = sum(2 * 4 * _inputs(model, name) ** 2 for name in block)
     weights = sum(layer.weights for layer in layers if layer.name in block)
-    working = weights * 4 * (8 if effort.algorithm == "signround" else 2) + 6 * 4 * largest
+    working = weights * 4 * (10 if effort.algorithm == "signround" else 2) + 6 * 4 * largest
     return before + states + squares + working
 
 

@@ -1,9 +1,10 @@
-"""Learned rounding: signed gradient descent on where each weight of a block rounds to, and on the scales.
+"""Learned rounding: gradient descent on where each weight of a block rounds to, and on the scales.
 
 A weight is ``clamp(round(w / s + v)) * s`` with ``s = s0 * a``; ``v`` in [-1/2, 1/2] and ``a`` near 1 are learned so
 that the block, on quantized inputs, returns what the float block returned on float inputs: an error counts relative to
 the size of its token, and that token as much as it is large. ``w`` starts as GPTQ's compensated weight, so that the
-first step already is GPTQ.
+first step already is GPTQ. Where the published algorithm steps by the sign of a gradient, ``v`` steps by Adam: signs
+move a weight whose gradients are noise as far as one whose gradients agree.
 
 References:
     Cheng et al. 2023, algorithm 1. https://arxiv.org/abs/2309.05516
@@ -24,8 +25,11 @@ from hfquant.ptq.gptq import Grid
 from hfquant.ptq.quantize_matrix import MatrixResult
 
 
+BETAS = (0.9, 0.98)
+"""Of Adam: its means must settle within the 50 steps of a short run."""
+
 SCALE_STEP = 0.1
-"""Learning rate of the scales, as a share of that of the rounding."""
+"""Learning rate of the scales, which step by signs, as a share of that of the rounding."""
 
 SCALE_RANGE = (0.9, 1.1)
 """How far a scale may move from where it started."""
@@ -73,12 +77,8 @@ class _Learned:
     @classmethod
     def start(cls, result: MatrixResult) -> "_Learned":
         """Nothing learned yet."""
-        scale = result.grid.scale
-        return cls(
-            result,
-            torch.zeros_like(result.weight, requires_grad=True),
-            torch.ones_like(scale).unsqueeze(-1).requires_grad_(),
-        )
+        a = torch.ones_like(result.grid.scale).unsqueeze(-1).requires_grad_()
+        return cls(result, torch.zeros_like(result.weight, requires_grad=True), a)
 
     def values(self) -> Tensor:
         """The weight on its grid ``[N, K]``, with gradients to ``v`` and ``a``."""
@@ -87,14 +87,13 @@ class _Learned:
         out: Tensor = _FakeWeight.apply(self.result.weight, self.v, self.a, grid.scale.unsqueeze(-1), zero, grid.bits)  # type: ignore[no-untyped-call]
         return out
 
-    def step_(self, rate: float) -> None:
-        """One step against the sign of the gradients."""
-        assert self.v.grad is not None
+    @torch.no_grad()
+    def step_scales_(self, rate: float) -> None:
+        """One step of the scales against the sign of their gradients; the rounding back into its range."""
         assert self.a.grad is not None
-        with torch.no_grad():
-            self.v.sub_(self.v.grad.sign_(), alpha=rate).clamp_(-0.5, 0.5)
-            self.a.sub_(self.a.grad.sign_(), alpha=rate * SCALE_STEP).clamp_(*SCALE_RANGE)
-        self.v.grad = self.a.grad = None
+        self.v.clamp_(-0.5, 0.5)
+        self.a.sub_(self.a.grad.sign_(), alpha=rate * SCALE_STEP).clamp_(*SCALE_RANGE)
+        self.a.grad = None
 
     def finished(self) -> MatrixResult:
         """What was learned, as a grid and what is rounded to it."""
@@ -154,14 +153,18 @@ def learn_rounding(
     held = max(1, len(tasks) // 8) if len(tasks) > 1 else 0
     training, judging = tasks[: len(tasks) - held], tasks[len(tasks) - held :] or tasks
     order = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam([matrix.v for matrix in learned.values()], betas=BETAS, eps=1e-20)
     with _patched(modules, learned):
         before = _mean_loss(judging)
         for step in range(iterations):
             task = training[int(torch.randint(len(training), (1,), generator=order))]
             with torch.enable_grad():
                 task.loss().backward()
+            rate = optimizer.param_groups[0]["lr"] = (1 - step / iterations) / iterations
+            optimizer.step()
+            optimizer.zero_grad()
             for matrix in learned.values():
-                matrix.step_((1 - step / iterations) / iterations)
+                matrix.step_scales_(rate)
         after = _mean_loss(judging)
     if after < before:
         return {name: matrix.finished() for name, matrix in learned.items()}
