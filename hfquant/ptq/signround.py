@@ -88,8 +88,8 @@ class _Learned:
         return out
 
     @torch.no_grad()
-    def step_scales_(self, rate: float) -> None:
-        """One step of the scales against the sign of their gradients; the rounding back into its range."""
+    def finish_step_(self, rate: float) -> None:
+        """After the optimizer's step of ``v``: back into its range, and a step of the scales by signs."""
         assert self.a.grad is not None
         self.v.clamp_(-0.5, 0.5)
         self.a.sub_(self.a.grad.sign_(), alpha=rate * SCALE_STEP).clamp_(*SCALE_RANGE)
@@ -164,7 +164,7 @@ def learn_rounding(
             optimizer.step()
             optimizer.zero_grad()
             for matrix in learned.values():
-                matrix.step_scales_(rate)
+                matrix.finish_step_(rate)
         after = _mean_loss(judging)
     if after < before:
         return {name: matrix.finished() for name, matrix in learned.items()}
