@@ -4,7 +4,7 @@ A weight is ``clamp(round(w / s + v)) * s`` with ``s = s0 * a``; ``v`` in [-1/2,
 that the block, on quantized inputs, returns what the float block returned on float inputs: an error counts relative to
 the size of its token, and that token as much as it is large. ``w`` starts as GPTQ's compensated weight, so that the
 first step already is GPTQ. Where the published algorithm steps by the sign of a gradient, ``v`` steps by Adam: signs
-move a weight whose gradients are noise as far as one whose gradients agree.
+forget sizes, so that many small gradients outvote a large one that outweighs them.
 
 References:
     Cheng et al. 2023, algorithm 1. https://arxiv.org/abs/2309.05516

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hfquant.ptq.blocks import relative_error
-from hfquant.ptq.signround import Task
+from hfquant.ptq.gptq import Grid
+from hfquant.ptq.quantize_matrix import MatrixResult
+from hfquant.ptq.signround import Task, learn_rounding
 
 
 def outputs() -> tuple[Tensor, Tensor]:
@@ -42,3 +44,24 @@ def test_a_row_of_zeros_does_not_outweigh_the_others() -> None:
     got, wanted = outputs()
     wanted[1, 4], got[1, 4] = 0, 1e-4
     assert relative_error(got, wanted)[1, 4] < 0.1
+
+
+def test_one_large_gradient_outweighs_many_small_ones() -> None:
+    # Columns 0 to 31 of row 0 gain from a step up in every batch. The others are pulled up a little by three batches
+    # of four and down a lot by the fourth: in sum down, where signs of gradients would go up. Row 1 is exact, and
+    # makes all tokens equally large.
+    layer = nn.Linear(64, 2, bias=False)
+    weight = torch.stack([torch.full((64,), 0.2), torch.full((64,), 6.0)])
+    grid = Grid(torch.ones(2, 1), None, 64, 4)
+    start = MatrixResult(weight=weight, grid=grid, method="gptq", losses={})
+    inputs = torch.eye(64).unsqueeze(0)
+    tasks = []
+    for number in range(16):
+        wanted = weight.clone()
+        wanted[0, :32] = 0.6
+        wanted[0, 32:] = -0.9 if number % 4 == 0 else 0.2
+        tasks.append(Task(lambda: layer(inputs), wanted.t().unsqueeze(0)))
+    moved = learn_rounding({"layer": layer}, {"layer": start}, tasks, iterations=200, seed=0)["layer"]
+    assert moved.method == "signround"
+    assert bool((moved.weight[0, :32] > 0.45).all())
+    assert bool((moved.weight[0, 32:] < 0.15).all())
