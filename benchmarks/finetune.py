@@ -73,7 +73,7 @@ DELAY = 0.5
 """Share of the steps for which "grid-delay" trains without rounding."""
 
 ARMS = ("head", "lora", "lora-signround", "nf4", "side", "scales", "grid", "grid-delay")
-ADAPTER_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+ADAPTER_RATES = (4e-3, 5e-4, 1e-3, 2e-3)
 Rate = float | tuple[float, float] | list[float]
 RATES: dict[str, tuple[Rate, ...]] = dict.fromkeys(("lora", "nf4", "side", "grid"), ADAPTER_RATES) | {
     "grid-delay": ((4e-3, 2e-3), (2e-3, 1e-3), (2e-3, 2e-3), (2e-3, 4e-3)),
