@@ -73,7 +73,7 @@ DELAY = 0.5
 """Share of the steps for which "grid-delay" trains without rounding."""
 
 ARMS = ("head", "lora", "lora-signround", "nf4", "side", "scales", "grid", "grid-delay")
-ADAPTER_RATES = (4e-3, 5e-4, 1e-3, 2e-3)
+ADAPTER_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 Rate = float | tuple[float, float] | list[float]
 RATES: dict[str, tuple[Rate, ...]] = dict.fromkeys(("lora", "nf4", "side", "grid"), ADAPTER_RATES) | {
     "grid-delay": ((4e-3, 2e-3), (2e-3, 1e-3), (2e-3, 2e-3), (2e-3, 4e-3)),
@@ -532,6 +532,8 @@ def found_of(options: argparse.Namespace, chosen: list[str]) -> dict[str, list[d
     results(options.results, base, threads=options.threads)
     task, first = TASKS[options.task], options.seeds[0]
     rates = {arm: RATES[arm][-3 if options.task == "language" else 0 :] for arm in chosen}
+    if options.rates:
+        rates |= {arm: tuple(options.rates) for arm in chosen if RATES[arm] is ADAPTER_RATES}
     tried = [(arm, first, rate, "tune") for arm in chosen if len(rates[arm]) > 1 for rate in rates[arm]]
     judged = list(zip(tried, runs(options, tried), strict=True))
     for arm in chosen:
@@ -689,6 +691,7 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=HERE.with_name("results") / "finetune")
     parser.add_argument("--arms", nargs="*", default=[])
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
+    parser.add_argument("--rates", type=float, nargs="*", default=[], help="learning rates of adapters to try instead")
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--batch", type=int, default=0)
     parser.add_argument("--context", type=int, default=128)
