@@ -109,11 +109,12 @@ def machine_limits() -> dict[str, float]:
             return limits
         functions = ctypes.CDLL(str(library))
         functions.read_memory.argtypes, functions.multiply.argtypes = (
-            [ctypes.c_void_p, ctypes.c_size_t],
+            [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t],
             [ctypes.c_int64],
         )
         memory = torch.ones(1 << 27, dtype=torch.int32)
-        read = best_of(lambda: functions.read_memory(memory.data_ptr(), memory.nbytes))
+        rows = (2048, memory.nbytes // 4)  # near each other, and far apart
+        read = min(best_of(lambda r=r: functions.read_memory(memory.data_ptr(), memory.nbytes, r)) for r in rows)
         limits["read_gb_s"] = memory.nbytes / read / 1e9
         if native.instruction_sets().get("avx512"):
             limits["int8_gop_s"] = 12 * 128 * 3_000_000 / best_of(lambda: functions.multiply(3_000_000)) / 1e9

@@ -114,7 +114,8 @@ struct V {
       out[4 + j] = _mm256_permute2x128_si256(r[j], r[4 + j], 0x31);
     }
   }
-  static INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+  // Into the second cache: what is fetched far ahead in several streams would push activations out of the first.
+  static INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 };
 
 }  // namespace
