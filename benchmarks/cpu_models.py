@@ -65,7 +65,11 @@ EXPORTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 SETS = {
     "eager": ("float32", "bfloat16", *SCHEMES),
     "decode": ("float32", "bfloat16", "W8A8 dynamic", "W4A16 g32", "W4A8 g32"),
-    "compiled": ("float32", "float32, compiled", "W8A8 dynamic, compiled", "W4A16 g32, compiled", "W4A8 g32, compiled"),
+    "compiled": (
+        "float32",
+        "bfloat16",
+        *(f"{name}, compiled" for name in ("float32", "bfloat16", "W8A8 dynamic", "W4A16 g32", "W4A8 g32")),
+    ),
     "peers": (
         "float32",
         "W8A8 dynamic",
@@ -172,7 +176,7 @@ def tasks(name: str, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             "batch 32 x 128": {"kind": "encode", "batch": 32, "length": 128, "repeat": 1},
         }
     found: dict[str, dict[str, Any]] = {"decode": {"kind": "decode", "prompt": 64, "tokens": options.tokens}}
-    if options.set in ("eager", "peers"):
+    if options.set != "decode":
         found["prefill"] = {"kind": "prefill", "prompt": options.prefill}
     return found
 

@@ -19,7 +19,7 @@ import time
 
 
 class Transformers:
-    """A model of Transformers, eager or with its step of one token compiled on a static cache."""
+    """A model of Transformers, eager or compiled on a static cache."""
 
     def __init__(self, spec):
         """Load the model, quantized by whatever ``engine`` says."""
@@ -52,12 +52,15 @@ class Transformers:
         generator = self.torch.Generator().manual_seed(0)
         return self.torch.randint(10, self.spec["vocabulary"], (rows, count), generator=generator)
 
-    def decode(self, prompt, tokens):
+    def cache(self, length):
+        if not self.spec.get("compile"):
+            return None
         from transformers import StaticCache
 
-        cache = None
-        if self.spec.get("compile"):
-            cache = StaticCache(config=self.model.config, max_cache_len=prompt + tokens + 8)
+        return StaticCache(config=self.model.config, max_cache_len=length)
+
+    def decode(self, prompt, tokens):
+        cache = self.cache(prompt + tokens + 8)
         with self.torch.inference_mode():
             out = self.model(self.ids(1, prompt), past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, token, times = out.past_key_values, out.logits[:, -1:].argmax(-1), []
@@ -68,10 +71,10 @@ class Transformers:
         return statistics.median(times[2:])
 
     def prefill(self, prompt):
-        ids = self.ids(1, prompt)
+        ids, cache = self.ids(1, prompt), self.cache(prompt)
         with self.torch.inference_mode():
             start = time.perf_counter()
-            self.model(ids, use_cache=True, logits_to_keep=1)
+            self.forward(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             return time.perf_counter() - start
 
     def encode(self, batch, length, repeat):

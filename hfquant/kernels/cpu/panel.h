@@ -9,9 +9,16 @@ void sum_columns(const Weight& w, const uint8_t* panel, const int32_t* zeros, in
   for (int column = 0; column < BLOCK; column += V::LANES)
     for (int64_t g = 0; g < w.groups; g++) {
       const int64_t last = (g + 1) * length < quads ? (g + 1) * length : quads;
-      V::I sum = V::zero();
-      for (int64_t q = g * length; q < last; q++)
+      V::I sum = V::zero(), others[3] = {sum, sum, sum};  // four, because each addition waits for the one before it
+      int64_t q = g * length;
+      for (; q + 4 <= last; q += 4) {
         V::dot(sum, V::load(panel + (q * BLOCK + column) * 4), V::set(0x01010101));
+#pragma GCC unroll 3
+        for (int i = 0; i < 3; i++)
+          V::dot(others[i], V::load(panel + ((q + 1 + i) * BLOCK + column) * 4), V::set(0x01010101));
+      }
+      for (; q < last; q++) V::dot(sum, V::load(panel + (q * BLOCK + column) * 4), V::set(0x01010101));
+      sum = V::add(V::add(sum, others[0]), V::add(others[1], others[2]));
       const V::I zero = w.zero ? V::load(zeros + g * BLOCK + column) : V::set(1 << (w.bits - 1));
       sum = V::sub(sum, V::mul(zero, V::set(int32_t(group))));
       if (w.groups == 1)
@@ -19,6 +26,13 @@ void sum_columns(const Weight& w, const uint8_t* panel, const int32_t* zeros, in
       else
         V::storef((float*)out + g * BLOCK + column, V::to_float(sum));
     }
+}
+
+// Word `i` of each row, from a panel's column on, in the place of quad 0 (of quads 0 and 1: INT4).
+INLINE void store_word(V::I v, int bits, int64_t i, uint8_t* panel) {
+  uint8_t* to = panel + i * (8 / bits) * BLOCK * 4;
+  V::store(to, bits == 4 ? V::low(v) : v);
+  if (bits == 4) V::store(to + BLOCK * 4, V::high(v));
 }
 
 // A panel: unsigned codes [K / 4, BLOCK, 4], float scales [groups, BLOCK], int32 zero points [groups, BLOCK], sums likewise.
@@ -34,12 +48,12 @@ void pack_panel(const Weight& w, int64_t block, uint8_t* panel) {
     for (int64_t j = 0; j < words; j += V::LANES) {
       const int64_t left = w.row_bytes - j * 4;
       if (left > 0) V::transpose(w.codes + j * 4, w.row_bytes, rows, left, word);
-      const int count = words - j < V::LANES ? int(words - j) : V::LANES;
-      for (int i = 0; i < count; i++) {
-        const V::I v = left > 0 ? word[i] : V::zero();
-        uint8_t* to = panel + ((j + i) * (8 / w.bits) * BLOCK + column) * 4;
-        V::store(to, w.bits == 4 ? V::low(v) : v);
-        if (w.bits == 4) V::store(to + BLOCK * 4, V::high(v));
+      if (left > 0 && words - j >= V::LANES) {
+#pragma GCC unroll 16
+        for (int i = 0; i < V::LANES; i++) store_word(word[i], w.bits, j + i, panel + column * 4);
+      } else {
+        for (int64_t i = j; i < words && i < j + V::LANES; i++)
+          store_word(left > 0 ? word[i - j] : V::zero(), w.bits, i, panel + column * 4);
       }
     }
   }

@@ -132,7 +132,7 @@ INLINE uint32_t largest_magnitude(const float* x, int64_t count) {
 // Bits of a float to an integer of the same order, and back.
 INLINE int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7FFFFFFF); }
 
-// The grid of a row that spans its range, zero included: the scale, and the code of zero.
+// The grid of a row that spans its range, zero included: the scale, and the code of zero. NaN if a value is not finite.
 INLINE float spanning_scale(const float* x, int64_t count, float* zero) {
   int32_t lowest = 0, highest = 0;  // as integers in the order of the floats: those are compared several at a time
   for (int64_t i = 0; i < count; i++) {
@@ -140,6 +140,8 @@ INLINE float spanning_scale(const float* x, int64_t count, float* zero) {
     lowest = key < lowest ? key : lowest;
     highest = key > highest ? key : highest;
   }
+  *zero = 0;
+  if (highest >= 0x7F800000 || lowest <= ordered(int32_t(0xFF800000))) return float_of(0x7FC00000);
   const float low = float_of(uint32_t(ordered(lowest))), high = float_of(uint32_t(highest));
   const float scale = (high - low) / 255.0f, steps = low / (scale == 0 ? 1.0f : scale);
   const float code = -128.0f - ((steps + ROUND) - ROUND);
@@ -147,22 +149,28 @@ INLINE float spanning_scale(const float* x, int64_t count, float* zero) {
   return scale;
 }
 
+// The scale of a row, and the code of zero; NaN if a value is one, or has no largest magnitude.
+INLINE float row_scale(const float* x, int64_t count, const float* given, float* zero) {
+  if (zero && !given) return spanning_scale(x, count, zero);
+  const uint32_t largest = largest_magnitude(x, count);
+  if (given ? largest > 0x7F800000 : largest >= 0x7F800000) return float_of(0x7FC00000);
+  return given ? *given : float_of(largest) / 127.0f;
+}
+
 void quantize_row(const float* x, int64_t count, int planes, int64_t block, const float* given, int8_t* codes,
                   int64_t padded, float* scales, float* zero) {
   if (zero) *zero = 0;
-  const uint32_t largest = largest_magnitude(x, count);
-  const int64_t blocks = planes == 1 ? 1 : (count + block - 1) / block;
   for (int p = 0; p < planes; p++) memset(codes + p * padded + count, 0, padded - count);
-  if (given ? largest > 0x7F800000 : largest >= 0x7F800000) {  // a NaN, or no largest magnitude: the row is NaN
+  const float scale = row_scale(x, count, given, zero);
+  const int64_t blocks = planes == 1 ? 1 : (count + block - 1) / block;
+  if (scale != scale) {  // the row is NaN
     for (int p = 0; p < planes; p++) memset(codes + p * padded, 0, count);
-    for (int64_t b = 0; b < blocks; b++) scales[b] = float_of(0x7FC00000);
+    for (int64_t b = 0; b < blocks; b++) scales[b] = scale;
     return;
   }
   if (planes == 1) {
-    const bool spans = zero && !given;
-    const float scale = given ? *given : spans ? spanning_scale(x, count, zero) : float_of(largest) / 127.0f;
     scales[0] = scale == 0 && !given ? 1.0f : scale;
-    return round_row(x, count, scales[0], spans ? *zero : 0, codes);
+    return round_row(x, count, scales[0], zero ? *zero : 0, codes);
   }
   for (int64_t b = 0; b < blocks; b++) {
     const int64_t start = b * block, size = count - start < block ? count - start : block;

@@ -99,6 +99,17 @@ void tile_of_segments(const Weight& w, const Activations& a, int64_t t, int half
   }
 }
 
+// Writes `values [count] * scale + bias` to row `m` of the result, from column `n0`.
+INLINE void store_scaled(const Output& out, int64_t m, int64_t n0, int count, float scale, float* values) {
+  const bool whole = out.type == Float::f32 && count == BLOCK;
+  float* to = whole ? (float*)out.data + m * out.columns + n0 : values;
+  for (int i = 0; i < BLOCK; i += V::LANES) {
+    const V::F v = V::mulf(V::loadf(values + i), V::setf(scale));
+    V::storef(to + i, whole && out.bias ? V::addf(v, V::loadf(out.bias + n0 + i)) : v);
+  }
+  if (!whole) store_row(out, m, n0, count, values);
+}
+
 template <bool ZERO, bool DIGITS, bool SHIFT>
 void tile_block(const Weight& w, const Activations& a, const Output& out, int64_t block, int64_t first, int64_t last,
                 const uint8_t* panel) {
@@ -124,12 +135,8 @@ void tile_block(const Weight& w, const Activations& a, const Output& out, int64_
         tile_of_segments<ZERO, DIGITS, SHIFT>(w, a, t, 0, panel, column, values + column);
         tile_of_segments<ZERO, DIGITS, SHIFT>(w, a, t, 1, panel, column, values + column);
       }
-    for (int m = 0; m < TILE && t * TILE + m < a.rows; m++) {
-      float* row = values + m * BLOCK;
-      if (!DIGITS)
-        for (int i = 0; i < BLOCK; i++) row[i] *= a.scale[t * TILE + m];
-      store_row(out, t * TILE + m, start, count, row);
-    }
+    for (int m = 0; m < TILE && t * TILE + m < a.rows; m++)
+      store_scaled(out, t * TILE + m, start, count, DIGITS ? 1.0f : a.scale[t * TILE + m], values + m * BLOCK);
   }
 }
 
