@@ -259,9 +259,15 @@ void few_part(const Weight& w, const Activations& a, const Output& out, int64_t 
         store_row(out, m0 + m, streams.row(s, i), streams.rows(s, i), tile + (s * M + m) * Streams::PART);
 }
 
+// Rows of activations that are multiplied at once: as many as accumulators fit into registers, or the compiler keeps
+// them in memory and two passes over a part that is in the cache are faster.
+constexpr int rows_at_once(int planes, Mode mode) {
+  return V::REGISTERS < 32 ? 4 : planes > 1 ? 2 : mode == CHANNEL ? 8 : 4;
+}
+
 template <int BITS, int PLANES, Mode MODE, bool SHIFT>
 void few_blocks(const Weight& w, const Activations& a, const Output& out, int64_t first, int64_t last) {
-  constexpr int LARGE = PLANES == 1 && V::REGISTERS == 32 ? 8 : 4;
+  constexpr int LARGE = rows_at_once(PLANES, MODE);
   Lanes lanes_of_groups;
   const Lanes* lanes = &lanes_of_groups;
   if (MODE != CHANNEL) lanes_of_groups.fill(w);
@@ -272,9 +278,9 @@ void few_blocks(const Weight& w, const Activations& a, const Output& out, int64_
       if (left == 1)
         few_part<BITS, PLANES, 1, MODE, SHIFT>(w, a, out, m0, streams, i, lanes);
       else if (left == 2 && V::REGISTERS == 32)
-        few_part<BITS, PLANES, 2, MODE, SHIFT>(w, a, out, m0, streams, i, lanes);
+        few_part<BITS, PLANES, V::REGISTERS == 32 ? 2 : LARGE, MODE, SHIFT>(w, a, out, m0, streams, i, lanes);
       else if (left <= 4)
-        few_part<BITS, PLANES, 4, MODE, SHIFT>(w, a, out, m0, streams, i, lanes);
+        few_part<BITS, PLANES, LARGE < 4 ? LARGE : 4, MODE, SHIFT>(w, a, out, m0, streams, i, lanes);
       else
         few_part<BITS, PLANES, LARGE, MODE, SHIFT>(w, a, out, m0, streams, i, lanes);
     }
