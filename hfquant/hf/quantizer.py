@@ -325,6 +325,15 @@ def dequantize_in_place(model: PreTrainedModel, dtype: torch.dtype | None) -> Pr
     return model
 
 
+def float_dtype(model: PreTrainedModel) -> torch.dtype | None:
+    """Dtype of the first float parameter of ``model``, or what its packed modules compute in if it has none."""
+    floats = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return next(floats, None) or next((module.compute_dtype for _, module in packed_modules(model)), None)
+
+
+# OLMo's norms have no weights, so no float parameter is left, and Transformers' own property raises StopIteration.
+PreTrainedModel.dtype = property(float_dtype)
+
 if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
     register_quantizer(QUANT_METHOD)(HfQuantQuantizer)
 if HfQuantConfig not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:

@@ -148,8 +148,19 @@ def triton_unavailable(device: torch.device) -> str | None:
     return reason
 
 
+NOT_AS_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
 def run(name: str, *arguments: Any) -> Any:
-    """Compute ``hfquant::<name>`` with the best implementation for these arguments."""
+    """Compute ``hfquant::<name>`` with the best implementation for these arguments.
+
+    Results are no views for autograd, whatever reshapes them: else a model could not change them in place.
+    """
+    with torch._C._ExcludeDispatchKeyGuard(NOT_AS_VIEWS):
+        return _run(name, *arguments)
+
+
+def _run(name: str, *arguments: Any) -> Any:
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     for implementation in _IMPLEMENTATIONS.get((name, device.type), ()):
         if reference_is_forced():

@@ -13,7 +13,9 @@ class AdaptedExperts(AdaptedModule, QuantExperts):
 
     _adapters: dict[str, list[GridAdapter]]
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
         """Weighted sum of the chosen experts; see ``QuantExperts.forward``."""
         # One unbind for all experts: its gradient is one stack, where indexing would fill the whole weight each time.
         self._adapters = {name: self.adapter(name).unbind() for name in self.float_weights}

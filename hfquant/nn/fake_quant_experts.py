@@ -18,13 +18,17 @@ class FakeQuantExperts(FakeQuantModule):
 
     _grids: dict[str, list[GridWeight]]
     _expert = QuantExperts._expert
+    _rows_in_use = QuantExperts._rows_in_use
     _sorted_by_expert = QuantExperts._sorted_by_expert
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
         """Weighted sum of the chosen experts; see ``QuantExperts.forward``."""
         if self.bypassed:
             float_class: Any = self.float_class
-            return float_class.forward(self, hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+            routing = () if top_k_index is None else (top_k_index, top_k_weights)
+            return float_class.forward(self, hidden_states, *routing)  # type: ignore[no-any-return]
         # One unbind for all experts: its gradient is one stack, where indexing would fill the whole weight each time.
         self._grids = {name: self.grid(name).unbind() for name in self.float_weights}
         try:

@@ -10,19 +10,29 @@ from hfquant.nn.packed_module import FloatWeight, PackedModule, autocast_input
 from hfquant.nn.quant_linear import LINEAR_OPS
 
 
+DENSE = ("Llama4TextExperts",)
+"""Classes that get all tokens once for each expert, rows of 0 for the experts that a token did not choose."""
+
+
 class QuantExperts(PackedModule):
     """All experts of one layer, with weights ``[E, N, K]``; routes tokens as Transformers' own experts do.
 
     Stands for the classes that Transformers marks with ``use_experts_implementation``: ``gate_up_proj`` (or ``up_proj``
     where there is no gate) and ``down_proj``, with optional biases, concatenated or interleaved gates, transposed
-    weights, and a norm after each expert.
+    weights, and a norm after each expert. And for those of Llama 4, which compute every expert for every token; here
+    only those that were chosen are computed, the others give 0.
     """
 
     @staticmethod
     def stands_for(module: nn.Module) -> bool:
         """Whether ``module`` keeps its experts in the way this class computes them."""
-        gated = getattr(module, "has_gate", False)
-        needed = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate" if gated else "act_fn")
+        dense = type(module).__name__ in DENSE
+        gated = getattr(module, "has_gate", dense)
+        needed = (
+            ()
+            if dense
+            else ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate" if gated else "act_fn")
+        )
         weights = ("gate_up_proj" if gated else "up_proj", "down_proj")
         return all(hasattr(module, name) for name in needed) and all(
             getattr(module._parameters.get(name), "ndim", 0) == 3 for name in weights
@@ -31,7 +41,7 @@ class QuantExperts(PackedModule):
     @staticmethod
     def weights_of(module: nn.Module) -> dict[str, FloatWeight]:
         """The 3-D parameters, as ``[E, N, K]``."""
-        transposed = bool(module.is_transposed)
+        transposed = bool(getattr(module, "is_transposed", type(module).__name__ in DENSE))
         weights = {}
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.ndim == 3:
@@ -40,17 +50,22 @@ class QuantExperts(PackedModule):
                 weights[name] = FloatWeight(shape, transposed)
         return weights
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
         """Weighted sum of the chosen experts.
 
         Args:
             hidden_states: Tokens ``[M, K]``.
-            top_k_index: Chosen experts of each token ``[M, top_k]``, int64; ``num_experts`` means none.
+            top_k_index: Chosen experts of each token ``[M, top_k]``, int64; ``num_experts`` means none. Without it the
+                first ``M / num_experts`` rows are for the first expert, and so on, each times its weight already.
             top_k_weights: Their weights ``[M, top_k]``.
 
         Returns:
             ``[M, K]`` in the dtype of ``hidden_states``.
         """
+        if top_k_index is None or top_k_weights is None:
+            top_k_index, top_k_weights = self._rows_in_use(hidden_states), torch.ones_like(hidden_states[:, :1])
         if self.input_observer is None:
             return self._sorted_by_expert(hidden_states, top_k_index, top_k_weights)
         out = torch.zeros_like(hidden_states)
@@ -61,6 +76,12 @@ class QuantExperts(PackedModule):
             state = self._expert(expert, hidden_states[token]) * top_k_weights[token, slot, None]
             out.index_add_(0, token, state.to(out.dtype))
         return out
+
+    def _rows_in_use(self, hidden_states: Tensor) -> Tensor:
+        """The expert of each row ``[M, 1]``; none for a row of 0, which gives 0 as there are no biases."""
+        experts: int = self.num_experts  # type: ignore[assignment]
+        expert = torch.arange(experts, device=hidden_states.device).repeat_interleave(hidden_states.shape[0] // experts)
+        return expert.where((hidden_states != 0).any(-1), experts).unsqueeze(-1)
 
     def _sorted_by_expert(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         # One call for all experts, and nothing that waits for a GPU: this can be compiled and captured in a graph.
@@ -73,9 +94,9 @@ class QuantExperts(PackedModule):
 
     def _expert(self, expert: int | Tensor, x: Tensor) -> Tensor:
         own: Any = self
-        if own.has_gate:
-            float_class: Any = self.float_class
-            x = float_class._apply_gate(self, self._linear("gate_up_proj", expert, x))
+        if "gate_up_proj" in self.float_weights:
+            gate: Any = getattr(self.float_class, "_apply_gate", _apply_gate)
+            x = gate(self, self._linear("gate_up_proj", expert, x))
         else:
             x = own.act_fn(self._linear("up_proj", expert, x))
         x = self._linear("down_proj", expert, x)
@@ -92,6 +113,11 @@ class QuantExperts(PackedModule):
             bias=None if bias is None else bias[expert],
             **self.activation_arguments(x, name),
         )
+
+
+def _apply_gate(experts: Any, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return up * experts.act_fn(gate)  # type: ignore[no-any-return]
 
 
 def one_after_the_other(experts: Any, name: str, ends: Tensor, x: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def test_merging_and_saving_change_nothing(scheme: str, adapter: str, tmp_path: 
         assert len(ids) == 1  # the sha256 of everything
 
 
-@pytest.mark.parametrize("name", ["gpt-oss", "bert", "gemma3", "bart", "vit", "falcon"])
+@pytest.mark.parametrize("name", ["gpt-oss", "llama4", "bert", "gemma3", "bart", "vit", "falcon"])
 def test_other_models_fine_tune(name: str, tmp_path: Path) -> None:
     model = finetuned(name, "int4", "grid")
     moved = movement(model)

@@ -119,7 +119,7 @@ def test_rounding_anew_is_ptq_of_the_float_model(name: str, scheme: str, algorit
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mixtral", "llama4"])
 def test_training_goes_on_in_the_grid_and_merging_changes_nothing(name: str, scheme: str, tmp_path: Path) -> None:
     model = trained(packed_model(name, scheme), name)
     schemes = {key: str(module.scheme) for key, module in packed_modules(model)}

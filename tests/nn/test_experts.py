@@ -152,6 +152,26 @@ def test_copies_and_casts_of_experts() -> None:
     assert clone.state_dict().keys() == experts.state_dict().keys()
 
 
+@pytest.mark.usefixtures("reference_kernels")
+@pytest.mark.parametrize("scheme", ["int4-g16", "int8-channel-dynamic", "int8-channel-static"])
+def test_experts_that_get_every_token(scheme: str) -> None:
+    (experts,) = (m for n, m in build("llama4").named_modules() if n.endswith("layers.1.feed_forward.experts"))
+    chosen = torch.tensor([[1, 0, 0, 1, 0], [0, 1, 0, 0, 1], [0] * 5, [0, 0, 1, 0, 0]])
+    x = (torch.randn(4, 5, 64) * chosen[..., None]).view(20, 64)
+    pack_(experts, scheme)
+    assert isinstance(experts, QuantExperts)
+    found = experts(x)
+    assert not bool(found[chosen.view(-1) == 0].any())
+    rows = []
+    for expert in range(4):  # every token by every expert, as the float model does it
+        one = torch.full((5, 1), expert)
+        rows.append(experts(x.view(4, 5, 64)[expert], one, torch.ones(5, 1)))
+    torch.testing.assert_close(found, torch.cat(rows), **SAME_VALUES)
+    if scheme == "int4-g16":
+        experts.restore_()
+        torch.testing.assert_close(found, experts(x), **SAME_VALUES)
+
+
 class Ungated(nn.Module):
     """Experts without a gate and with a norm after each, marked as Transformers marks them."""
 

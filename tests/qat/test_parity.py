@@ -111,7 +111,7 @@ def test_scales_derived_again_from_rounded_weights_do_differ() -> None:
 
 
 @pytest.mark.parametrize("variant", ["full", "lora"])
-@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gpt-oss", "mixtral", "gemma3", "bart", "bert"])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gpt-oss", "mixtral", "llama4", "gemma3", "bart", "bert"])
 def test_models_have_no_gap(name: str, variant: str, tmp_path: Path) -> None:
     model, batch = build(name), TINY[name].inputs()
     prepare_model_qat(model, quantization_bits=4, variant=variant, progress=False)

@@ -92,6 +92,56 @@ def gpt_oss() -> t.PreTrainedModel:
     return t.GptOssForCausalLM(config)
 
 
+def llama4() -> t.PreTrainedModel:
+    """Its experts get every token, and one layer in two has none; heads are as large as its rope wants them."""
+    config = t.Llama4TextConfig(
+        **TEXT, num_local_experts=4, head_dim=16, intermediate_size_mlp=96, interleave_moe_layer_step=2
+    )
+    return t.Llama4ForCausalLM(config)
+
+
+def olmo() -> t.PreTrainedModel:
+    """Its norms have no weights: once it is quantized, no float parameter is left."""
+    return t.OlmoForCausalLM(t.OlmoConfig(**TEXT))
+
+
+def deepseek_v3() -> t.PreTrainedModel:
+    """Latent attention; its first layer has no experts."""
+    config = t.DeepseekV3Config(
+        **TEXT | {"num_key_value_heads": 4},
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        first_k_dense_replace=1,
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+    )
+    return t.DeepseekV3ForCausalLM(config)
+
+
+def qwen3_next() -> t.PreTrainedModel:
+    """One layer of linear attention, one of gated attention, both with experts and a shared one."""
+    config = t.Qwen3NextConfig(
+        **TEXT,
+        layer_types=["linear_attention", "full_attention"],
+        head_dim=16,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    )
+    return t.Qwen3NextForCausalLM(config)
+
+
 def gemma3() -> t.PreTrainedModel:
     config = t.Gemma3TextConfig(**TEXT, head_dim=16, sliding_window=16, query_pre_attn_scalar=16)
     return t.Gemma3ForCausalLM(config)
@@ -205,6 +255,10 @@ TINY: dict[str, TinyModel] = {
     "mixtral": TinyModel(mixtral, text_inputs, True),
     "qwen3-moe": TinyModel(qwen3_moe, text_inputs, True),
     "gpt-oss": TinyModel(gpt_oss, text_inputs, True),
+    "llama4": TinyModel(llama4, text_inputs, True),
+    "deepseek-v3": TinyModel(deepseek_v3, text_inputs, True),
+    "qwen3-next": TinyModel(qwen3_next, text_inputs, True),
+    "olmo": TinyModel(olmo, text_inputs, True),
     "gpt2": TinyModel(gpt2, text_inputs, True),
     "opt": TinyModel(opt, text_inputs, True),
     "gemma3": TinyModel(gemma3, text_inputs, True),
