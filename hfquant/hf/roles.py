@@ -15,6 +15,10 @@ TASK_HEADS = ("classifier", "score", "qa_outputs")
 """What Transformers calls the heads of classifiers: they are new for every task, and train whole."""
 
 
+TABLES = ("get_input_embeddings", "get_per_layer_input_embeddings")
+"""Methods that answer with tables of tokens; the latter is the larger one in Gemma 3n and small Gemma 4."""
+
+
 def model_roles(model: nn.Module) -> ModelRoles:
     """The roles of the modules of ``model``; in a plain module every ``nn.Embedding`` is an input embedding."""
     names = {id(module): name for name, module in model.named_modules()}
@@ -23,7 +27,7 @@ def model_roles(model: nn.Module) -> ModelRoles:
         return ModelRoles(embeddings=embeddings, weight_readers=read_by_owner(model))
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     embeddings = frozenset(
-        names[id(m)] for part in parts for m in _asked(part, "get_input_embeddings") if id(m) in names
+        names[id(m)] for part in parts for ask in TABLES for m in _asked(part, ask) if id(m) in names
     )
     heads = frozenset(names[id(m)] for part in parts for m in _asked(part, "get_output_embeddings") if id(m) in names)
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
@@ -33,8 +37,19 @@ def model_roles(model: nn.Module) -> ModelRoles:
         heads=heads,
         ties=ties,
         float32=tuple(_float32_patterns(parts)),
-        weight_readers=read_by_owner(model),
+        weight_readers=_weight_readers(model),
     )
+
+
+def _weight_readers(model: PreTrainedModel) -> dict[str, str]:
+    """As ``read_by_owner``, but without what is not reached in Gemma 4.
+
+    Its text model reads its table only to find out ids that it was not given, which raises where the table is packed.
+    The model around it reads a row, but only where layers have tables of their own.
+    """
+    per_layer = getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None)
+    spared = ("Gemma4TextModel",) if per_layer else ("Gemma4TextModel", "Gemma4Model")
+    return {name: owner for name, owner in read_by_owner(model).items() if owner not in spared}
 
 
 def _tied_tables(model: PreTrainedModel, ties: Mapping[str, str], known: frozenset[str]) -> set[str]:

@@ -78,7 +78,7 @@ def test_bfloat16_stays_bfloat16(name: str, tmp_path: Path) -> None:
     assert torch.equal(output(reloaded, name), output(loaded, name))
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", sorted(TINY.keys() - {"gemma4"}))  # its inputs hold no image
 def test_static_activations_are_stored(name: str, tmp_path: Path) -> None:
     model = quantize_model_ptq(
         build(name), quantization_type="static", calibration_data=[TINY[name].inputs()], progress=False

@@ -28,10 +28,33 @@ class Child(Reader):
 
 
 def test_reads_are_found_and_what_is_only_called_is_not() -> None:
-    assert weights_read_by(Reader) == {"multiplied", "cast", "stack"}
+    assert weights_read_by(Reader) == {(True, ("multiplied",)), (True, ("cast",)), (True, ("stack",))}
     assert weights_read_by(Child) == weights_read_by(Reader)
     found = read_by_owner(nn.Sequential(Child()))
     assert found == dict.fromkeys(("0.multiplied", "0.cast", "0.stack.0", "0.stack.1"), "Child")
+
+
+class Deep(nn.Module):
+    """Reads further down, and through variables; its docstring's self.inner.called.weight does not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.table = Child(), nn.Embedding(4, 4)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"mlp": Child()}) for _ in range(2))
+        self.blocks[1].mlp.cast = None
+
+    def get_rows(self, table: nn.Embedding, blocks: nn.ModuleList) -> list[Tensor]:
+        first = [block.mlp.called.weight for block in blocks]
+        return [*first, table.weight, self.inner.set_up.weight, self.blocks[0].mlp.moved.weight]
+
+    def get_dtype(self) -> torch.dtype:
+        return self.inner.called.weight.dtype
+
+
+def test_reads_further_down_and_through_variables_are_found() -> None:
+    found = {name for name, owner in read_by_owner(Deep()).items() if owner == "Deep"}
+    blocks = {f"blocks.{i}.mlp.{name}" for i in range(2) for name in ("called", "moved")}
+    assert found == {"table", "inner.set_up", *blocks}
 
 
 def test_a_class_without_source_reads_nothing() -> None:

@@ -147,6 +147,21 @@ def gemma3() -> t.PreTrainedModel:
     return t.Gemma3ForCausalLM(config)
 
 
+def gemma4() -> t.PreTrainedModel:
+    """Layers have tables of their own, all in one; the model around the text model reads a row of the first table."""
+    text = t.Gemma4TextConfig(
+        **TEXT,
+        head_dim=16,
+        hidden_size_per_layer_input=32,
+        vocab_size_per_layer_input=128,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=16,
+    )
+    vision = t.Gemma4VisionConfig(**VISION, num_key_value_heads=4, head_dim=16, position_embedding_size=16)
+    config = t.Gemma4Config(text_config=text.to_dict(), vision_config=vision.to_dict(), audio_config=None)
+    return t.Gemma4ForConditionalGeneration(config)
+
+
 def bart() -> t.PreTrainedModel:
     sizes = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in BART_SIDE.items()}
     config = t.BartConfig(
@@ -262,6 +277,7 @@ TINY: dict[str, TinyModel] = {
     "gpt2": TinyModel(gpt2, text_inputs, True),
     "opt": TinyModel(opt, text_inputs, True),
     "gemma3": TinyModel(gemma3, text_inputs, True),
+    "gemma4": TinyModel(gemma4, text_inputs, True),
     "bert": TinyModel(bert, text_inputs),
     "bert-mlm": TinyModel(bert_mlm, text_inputs),
     "bart": TinyModel(bart, seq2seq_inputs, True),
