@@ -1,6 +1,7 @@
 """What a Transformers model says about itself: embeddings, heads, ties, and what it keeps in float32."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -42,14 +43,27 @@ def model_roles(model: nn.Module) -> ModelRoles:
 
 
 def _weight_readers(model: PreTrainedModel) -> dict[str, str]:
-    """As ``read_by_owner``, but without what is not reached in Gemma 4.
+    """As ``read_by_owner``, but without reads that this model's config rules out."""
+    config = model.config.get_text_config()
+    return {
+        name: owner
+        for name, owner in read_by_owner(model).items()
+        if owner not in NOT_REACHED or not NOT_REACHED[owner](config)
+    }
 
-    Its text model reads its table only to find out ids that it was not given, which raises where the table is packed.
-    The model around it reads a row, but only where layers have tables of their own.
-    """
-    per_layer = getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None)
-    spared = ("Gemma4TextModel",) if per_layer else ("Gemma4TextModel", "Gemma4Model")
-    return {name: owner for name, owner in read_by_owner(model).items() if owner not in spared}
+
+def _adds_slices_up(config: Any) -> bool:
+    return bool(config.slow_but_exact and config.pretraining_tp > 1)
+
+
+NOT_REACHED: dict[str, Callable[[Any], bool]] = {
+    # Reads its table only to find out ids that it was not given, which raises where the table is packed.
+    "Gemma4TextModel": lambda config: True,
+    "Gemma4Model": lambda config: not config.hidden_size_per_layer_input,
+    "BloomAttention": lambda config: not _adds_slices_up(config),
+    "BloomMLP": lambda config: not _adds_slices_up(config),
+}
+"""Owner of a weight -> whether its code that reads the weight cannot run, with this text config."""
 
 
 def _tied_tables(model: PreTrainedModel, ties: Mapping[str, str], known: frozenset[str]) -> set[str]:

@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BloomConfig,
+    BloomForCausalLM,
+    PreTrainedModel,
+)
 
 from hfquant import HfQuantConfig, get_quantization_info, quantize_model_ptq
 from hfquant.nn.packed_module import PackedModule
@@ -158,3 +164,24 @@ def test_fresh_heads_are_float_and_trainable(quantized_first: bool, tmp_path: Pa
     classifier.save_pretrained(tmp_path / "classifier")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier")
     assert torch.equal(again.classifier.weight, classifier.classifier.weight)
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_reads_that_the_config_rules_out_keep_nothing_in_float(slices: int) -> None:
+    config = BloomConfig(
+        vocab_size=128, hidden_size=64, n_layer=1, n_head=4, slow_but_exact=True, pretraining_tp=slices
+    )
+    model = quantize_model_ptq(BloomForCausalLM(config), progress=False)
+    kept = {k.name for k in get_quantization_info(model).kept if k.reason.endswith("reads this weight itself")}
+    layer = "transformer.h.0"
+    read = {f"{layer}.self_attention.dense.weight", f"{layer}.mlp.dense_4h_to_h.weight"}
+    assert kept == (read if slices == 2 else set())
+
+
+def test_the_text_model_of_gemma_4_has_a_packed_table_and_the_model_around_it_has_not() -> None:
+    model = build("gemma4")
+    inner = quantize_model_ptq(model.model.language_model, progress=False)
+    assert isinstance(inner.embed_tokens, PackedModule)
+    quantize_model_ptq(whole := build("gemma4"), progress=False)
+    assert type(whole.model.language_model.embed_tokens) is type(build("gemma4").model.language_model.embed_tokens)
+    assert isinstance(whole.model.language_model.embed_tokens_per_layer, PackedModule)
