@@ -1,6 +1,7 @@
 """``prepare_model_qat`` and ``convert_model_qat``: whole models to quantization-aware training and back, in place."""
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -285,3 +286,19 @@ def _detach(model: nn.Module, before: dict[str, Any], ties: dict[str, str]) -> N
             setattr(model, name, value)
     model.all_tied_weights_keys.clear()
     model.all_tied_weights_keys.update(ties)
+
+
+_save_pretrained = PreTrainedModel.save_pretrained
+
+
+@functools.wraps(_save_pretrained)
+def _say_what_is_saved(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    if next(fake_quant_modules(self), None) is not None:
+        logger.warning_once(
+            "hfquant: this model is in quantization-aware training: its float weights and training state are saved, "
+            "to go on with. convert_model_qat(model) makes it the quantized model"
+        )
+    return _save_pretrained(self, *args, **kwargs)
+
+
+PreTrainedModel.save_pretrained = _say_what_is_saved

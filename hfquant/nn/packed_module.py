@@ -246,7 +246,7 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedModule":
         # Integers do not follow `.to(dtype)`, so the dtype of the results has to.
-        device = next(iter(self._parameters.values())).device  # type: ignore[union-attr]
+        device = next(p for p in self._parameters.values() if p is not None).device
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

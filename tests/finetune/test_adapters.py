@@ -68,6 +68,8 @@ def test_merging_and_saving_change_nothing(scheme: str, adapter: str, tmp_path: 
             for which in ("after", "merged")
         }
         assert len(ids) == 1  # the sha256 of everything
+        half = type(model).from_pretrained(tmp_path / name / "merged").to(torch.bfloat16)
+        assert torch.equal(output(model.to(torch.bfloat16), name), output(half, name))
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "llama4", "bert", "gemma3", "bart", "vit", "falcon"])

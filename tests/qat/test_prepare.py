@@ -1,6 +1,7 @@
 """Preparing a model: what stays, what is added, what is refused."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 
 from hfquant import ConfigError, convert_model_qat, prepare_model_qat, quantize_model_ptq
 from hfquant.errors import CalibrationError, SchemeError
+from hfquant.hf import qat
+from hfquant.hf.qat import converted_model
 from hfquant.nn.swap import packed_modules
 from hfquant.numerics.affine import scale_from_bits
 from hfquant.qat.prepare import bypassed, fake_quant_modules, set_blend
@@ -191,3 +194,16 @@ def test_a_diverged_model_is_not_saved() -> None:
         model.lm_head.weight_log_scale[3, 0] = float("nan")
     with pytest.raises(SchemeError, match=r"lm_head\.weight_log_scale is NaN"):
         convert_model_qat(model)
+
+
+def test_saving_a_model_in_training_says_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(qat.logger, "warning_once", said.append)
+    model = prepared("llama")
+    model.save_pretrained(tmp_path / "training")
+    assert "quantization-aware training" in said.pop()
+    with converted_model(model):
+        model.save_pretrained(tmp_path / "now")
+    convert_model_qat(model).save_pretrained(tmp_path / "end")
+    build("llama").save_pretrained(tmp_path / "float")
+    assert not said
