@@ -44,26 +44,28 @@ def model_roles(model: nn.Module) -> ModelRoles:
 
 def _weight_readers(model: PreTrainedModel) -> dict[str, str]:
     """As ``read_by_owner``, but without reads that this model's config rules out."""
-    config = model.config.get_text_config()
-    return {
-        name: owner
-        for name, owner in read_by_owner(model).items()
-        if owner not in NOT_REACHED or not NOT_REACHED[owner](config)
-    }
+    found = read_by_owner(model)
+    # Only then: some models of several texts (MusicGen) cannot say which config is the text's.
+    spared = {owner for owner in NOT_REACHED.keys() & found.values() if NOT_REACHED[owner](model.config)}
+    return {name: owner for name, owner in found.items() if owner not in spared}
 
 
 def _adds_slices_up(config: Any) -> bool:
-    return bool(config.slow_but_exact and config.pretraining_tp > 1)
+    return bool(getattr(config, "slow_but_exact", True) and getattr(config, "pretraining_tp", 2) > 1)
+
+
+def _has_tables_of_layers(config: Any) -> bool:
+    return bool(getattr(config.get_text_config(), "hidden_size_per_layer_input", True))
 
 
 NOT_REACHED: dict[str, Callable[[Any], bool]] = {
     # Reads its table only to find out ids that it was not given, which raises where the table is packed.
     "Gemma4TextModel": lambda config: True,
-    "Gemma4Model": lambda config: not config.hidden_size_per_layer_input,
+    "Gemma4Model": lambda config: not _has_tables_of_layers(config),
     "BloomAttention": lambda config: not _adds_slices_up(config),
     "BloomMLP": lambda config: not _adds_slices_up(config),
 }
-"""Owner of a weight -> whether its code that reads the weight cannot run, with this text config."""
+"""Owner of a weight -> whether its code that reads the weight cannot run, with the model's config."""
 
 
 def _tied_tables(model: PreTrainedModel, ties: Mapping[str, str], known: frozenset[str]) -> set[str]:

@@ -10,10 +10,16 @@ from transformers import (
     AutoModelForSequenceClassification,
     BloomConfig,
     BloomForCausalLM,
+    EncodecConfig,
+    MusicgenConfig,
+    MusicgenDecoderConfig,
+    MusicgenForConditionalGeneration,
     PreTrainedModel,
+    T5Config,
 )
 
 from hfquant import HfQuantConfig, get_quantization_info, quantize_model_ptq
+from hfquant.hf.roles import model_roles
 from hfquant.nn.packed_module import PackedModule
 from hfquant.nn.swap import packed_modules
 from tests.support.tiny_models import TINY, build, generated, output, text_inputs
@@ -185,3 +191,16 @@ def test_the_text_model_of_gemma_4_has_a_packed_table_and_the_model_around_it_ha
     quantize_model_ptq(whole := build("gemma4"), progress=False)
     assert type(whole.model.language_model.embed_tokens) is type(build("gemma4").model.language_model.embed_tokens)
     assert isinstance(whole.model.language_model.embed_tokens_per_layer, PackedModule)
+
+
+def test_a_model_whose_config_holds_two_texts() -> None:
+    small = {"d_model": 64, "d_ff": 96, "num_layers": 1, "num_heads": 4, "d_kv": 16, "vocab_size": 128}
+    decoder = {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 128}
+    parts = T5Config(**small), EncodecConfig(), MusicgenDecoderConfig(**decoder)
+    names = ("text_encoder", "audio_encoder", "decoder")
+    config = MusicgenConfig(**{name: part.to_dict() for name, part in zip(names, parts, strict=True)})
+    with pytest.raises(ValueError, match="Multiple valid text configs"):
+        config.get_text_config()
+    with torch.device("meta"):
+        roles = model_roles(MusicgenForConditionalGeneration(config))
+    assert any(name.endswith("DenseReluDense.wo") for name in roles.weight_readers)
