@@ -163,15 +163,15 @@ def linear_parity(device: str, shapes: list[tuple[int, int]]) -> list[Row]:
             near = is_near(result, linear(x.double(), values, bias.double()), linear(x, values.to(dtype), bias))
             same = torch.equal(result, OPS[bits](x, *packed, bias=bias))
             rows.append({"check": f"linear {bits} g{group} zero={zero} {n}x{k} M={m} {dtype}", "ok": near and same})
-            codes, scale, _ = quantize_rows(x)
-            expected = quantize_rows_reference(x.cpu(), None)
-            rounded = codes.double() * scale.double()
-            result = OPS[bits](x, *packed, bias=bias, dynamic=True)
-            plain = linear(rounded.to(dtype), values.to(dtype), bias)
-            ok = is_near(result, linear(rounded, values, bias.double()), plain) and torch.equal(
-                codes.cpu(), expected[0]
-            )
-            rows.append({"check": f"dynamic {bits} g{group} {n}x{k} M={m} {dtype}", "ok": ok})
+            for asymmetric in (False, True):
+                codes, scale, zero_point = quantize_rows(x, asymmetric=asymmetric)
+                same = torch.equal(codes.cpu(), quantize_rows_reference(x.cpu(), None, asymmetric)[0])
+                rounded = (codes.double() - zero_point.double()) * scale.double()
+                result = OPS[bits](x, *packed, bias=bias, dynamic=True, asymmetric=asymmetric)
+                plain = linear(rounded.to(dtype), values.to(dtype), bias)
+                near = is_near(result, linear(rounded, values, bias.double()), plain)
+                name = f"dynamic {bits} g{group} asymmetric={asymmetric} {n}x{k} M={m} {dtype}"
+                rows.append({"check": name, "ok": near and same})
     return rows
 
 
@@ -346,6 +346,7 @@ def integers(device: str, shapes: list[tuple[int, int]]) -> list[Row]:
             x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
             row: Row = {"N": n, "K": k, "M": m, "bf16": float_time(n, k, x)}
             attempt(row, "w8a8 dynamic", lambda: packed_time(n, k, x, 8, None, dynamic=True))
+            attempt(row, "with zero points", lambda: packed_time(n, k, x, 8, None, dynamic=True, asymmetric=True))
             scale = scale_to_bits(torch.tensor([0.03], device=device))
             attempt(row, "w8a8 static", lambda: packed_time(n, k, x, 8, None, input_scale=scale))
             codes = quantize_rows(x)[0]
@@ -399,6 +400,23 @@ def build_model(name: str, device: str, bits: int | None) -> nn.Module:
     return model.eval()
 
 
+def step_ms(model: nn.Module, ids: Tensor, tokens: int) -> float:
+    """Median milliseconds of one token: the model alone, compiled and captured, without the loop of ``generate``."""
+    cache = transformers.StaticCache(config=model.config, max_cache_len=len(ids[0]) + tokens)
+    step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+    times = []
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True)
+        for _ in range(tokens):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            torch.compiler.cudagraph_mark_step_begin()
+            step(ids[:, :1], past_key_values=cache, use_cache=True)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times[len(times) // 2 :])
+
+
 def decode(device: str, names: list[str], tokens: int = 128) -> list[Row]:
     rows = []
     for name in names:
@@ -421,11 +439,14 @@ def decode(device: str, names: list[str], tokens: int = 128) -> list[Row]:
                 model.generate(ids, **options)
                 torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)
-            row[f"int{bits} tokens/s" if bits else "bf16 tokens/s"] = tokens / statistics.median(times)
+            precision = f"int{bits}" if bits else "bf16"
+            row[f"{precision} tokens/s"] = tokens / statistics.median(times)
+            attempt(row, f"{precision} ms a step", lambda model=model: step_ms(model, ids, 64))
             del model
             torch.cuda.empty_cache()
             torch._dynamo.reset()
         row["speedup int4"] = row["int4 tokens/s"] / row["bf16 tokens/s"]
+        attempt(row, "speedup of a step", lambda: row["bf16 ms a step"] / row["int4 ms a step"])
         rows.append(row)
     return rows
 

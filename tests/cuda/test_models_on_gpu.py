@@ -30,7 +30,12 @@ from tests.support.tolerance import NATIVE_SQNR_DB, SAME_VALUES
 from tests.support.training import config, examples
 
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    # What has no kernel for a GPU says so once, and a machine for GPUs may have no compiler for the CPU's.
+    pytest.mark.filterwarnings("ignore:hfquant:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+]
 
 ARCHITECTURES = ["llama-tied", "gpt2", "mixtral", "gpt-oss", "bert", "bart", "gemma3"]
 ALGORITHMS = ["rtn", "search", "gptq", "signround", "awq"]

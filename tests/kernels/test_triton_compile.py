@@ -48,7 +48,7 @@ MATMULS: dict[str, tuple[int, int, int, int, str, str, float]] = {
 }
 MORE_MATMULS: dict[str, tuple[int, int, int, int, str, str, float]] = {
     "int4-channel-m1": (14336, 1, 0, 4, "bf16", "", 2.2),
-    "int4-g128-m1-1024": (1024, 1, 128, 4, "bf16", "", 3.1),
+    "int4-g128-m1-1024": (1024, 1, 128, 4, "bf16", "", 3.2),
     "int4-g64-m16": (14336, 16, 64, 4, "bf16", "", 3.0),
     "int4-g64-m64": (14336, 64, 64, 4, "fp16", "", 4.0),
     "int4-g32-m16": (14336, 16, 32, 4, "bf16", "", 3.6),
@@ -68,6 +68,8 @@ def _a_gpu_of_132_processors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fits(built: Built, capability: int) -> None:
+    # A negative value for masked loads of int8: Triton 3.6 fills a word with its sign, the interpreter does not.
+    assert "0xffffffffffffff" not in built.ptx
     assert built.shared <= SHARED_BYTES[capability]
     spilling = built.opcodes()["LDL"] + built.opcodes()["STL"]
     assert built.spilled <= 32
@@ -110,9 +112,22 @@ def test_more_packed_matmuls(name: str, capability: int) -> None:
 
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("asymmetric", [False, True], ids=["sym", "asym"])
-@pytest.mark.parametrize(("m", "limit"), [(1, 0.9), (16, 1.0), (64, 1.2), (512, 4.0), (4096, 4.0)])
-def test_int8_matmul(m: int, limit: float, asymmetric: bool, capability: int) -> None:
-    kernel, tile, warps = int8.choose_kernel(4096 if m == 512 else 14336, m, 4096, DEVICE, asymmetric=asymmetric)
+@pytest.mark.parametrize(
+    ("n", "m", "limit", "ones"),
+    [
+        (14336, 1, 0.9, 0.45),
+        (14336, 16, 1.0, 0.45),
+        (4096, 32, 1.3, 0.7),
+        (14336, 32, 1.6, 2.3),
+        (4096, 64, 2.0, 0.7),
+        (8192, 64, 1.6, 2.3),
+        (14336, 64, 2.0, 2.3),
+        (4096, 512, 4.0, 0.0),
+        (14336, 4096, 4.0, 0.0),
+    ],
+)
+def test_int8_matmul(n: int, m: int, limit: float, ones: float, asymmetric: bool, capability: int) -> None:
+    kernel, tile, warps = int8.choose_kernel(n, m, 4096, DEVICE, asymmetric=asymmetric)
     pointers = {
         "x_ptr": "*i8",
         "w_ptr": "*i8",
@@ -122,13 +137,18 @@ def test_int8_matmul(m: int, limit: float, asymmetric: bool, capability: int) ->
         "bias_ptr": "*bf16",
         "out_ptr": "*bf16",
     }
+    summed = asymmetric and m > int8.SUMMED_ROWS
+    if kernel is int8.int8_many_rows_kernel:
+        pointers["sums_ptr"] = "*i32" if summed else None
     arguments = pointers | dict.fromkeys(("M", "N", "K", "WIDTH"), "i32") | tile
     built = compile_kernel(kernel, arguments, capability, num_warps=warps, divisible=DIVISIBLE, enable_fp_fusion=False)
     fits(built, capability)
     assert built.has(r"\b(IGMMA|IMMA|UTC\w*MMA)\b")
     assert built.has(WIDE_LOAD)
-    limit += 0.35 * asymmetric  # the product with ones
-    assert len(built.loop()) * 32 * warps / (tile.get("S", 1) * tile["BK"] * tile["BN"]) <= limit
+    limit += ones * asymmetric  # the product with them
+    spent = len(built.loop()) * 32 * warps / (tile.get("S", 1) * tile["BK"] * tile["BN"])
+    print(f"sm_{capability}: {spent:.2f} instructions a weight, {built.registers} registers")  # noqa: T201
+    assert spent <= limit
 
 
 ELEMENTWISE = {
@@ -136,33 +156,44 @@ ELEMENTWISE = {
         dequantize_kernel,
         {"ids_ptr": None, "w_ptr": "*i32", "s_ptr": "*bf16", "z_ptr": None, "out_ptr": "*bf16"}
         | dict.fromkeys(("ROWS_OUT", "ROWS_IN", "K", "WIDTH", "GROUPS", "ZERO_WORDS"), "i32")
-        | {"BITS": 4, "GROUP": 128, "BR": 4, "BW": 64},
+        | {"BITS": 4, "GROUP": 128, "BR": 2, "BW": 512},
         WIDE_STORE,
+    ),
+    "weight-sums": (
+        int8.weight_sums_kernel,
+        {"w_ptr": "*i8", "sums_ptr": "*i32", "WIDTH": "i32", "K": "i32", "BK": 2048},
+        WIDE_LOAD,
     ),
     "embedding-int8": (
         dequantize_kernel,
         {"ids_ptr": "*i64", "w_ptr": "*i32", "s_ptr": "*bf16", "z_ptr": "*i32", "out_ptr": "*fp32"}
         | dict.fromkeys(("ROWS_OUT", "ROWS_IN", "K", "WIDTH", "GROUPS", "ZERO_WORDS"), "i32")
-        | {"BITS": 8, "GROUP": 64, "BR": 4, "BW": 64},
+        | {"BITS": 8, "GROUP": 64, "BR": 2, "BW": 512},
         WIDE_STORE,
     ),
     "quantize-rows": (
         quantize_rows_kernel,
         {"x_ptr": "*bf16", "static_ptr": None, "codes_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*i8", "K": "i32"}
-        | {"ASYMMETRIC": True, "BK": 4096},
+        | {"ASYMMETRIC": True, "BK": 8192, "ONCE": True},
+        WIDE_LOAD,
+    ),
+    "quantize-long-rows": (
+        quantize_rows_kernel,
+        {"x_ptr": "*bf16", "static_ptr": None, "codes_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*i8", "K": "i32"}
+        | {"ASYMMETRIC": True, "BK": 2048, "ONCE": False},
         WIDE_LOAD,
     ),
     "fake-quantize": (
         fake_quantize_kernel,
         {"x_ptr": "*bf16", "s_ptr": "*fp32", "z_ptr": None, "out_ptr": "*bf16", "GROUPS": "i32", "G": "i32"}
-        | {"BITS": 4, "BG": 16, "BK": 128},
+        | {"BITS": 4, "BG": 8, "BK": 128},
         WIDE_LOAD,
     ),
     "fake-quantize-backward": (
         fake_quantize_backward_kernel,
         dict.fromkeys(("grad_ptr", "x_ptr", "grad_x_ptr"), "*bf16")
         | {"s_ptr": "*fp32", "z_ptr": None, "grad_s_ptr": "*fp32", "GROUPS": "i32", "G": "i32"}
-        | {"BITS": 4, "BG": 16, "BK": 128},
+        | {"BITS": 4, "BG": 8, "BK": 128},
         WIDE_LOAD,
     ),
     "grid-weight": (

