@@ -78,7 +78,7 @@ Rate = float | tuple[float, float] | list[float]
 RATES: dict[str, tuple[Rate, ...]] = dict.fromkeys(("lora", "nf4", "side", "grid"), ADAPTER_RATES) | {
     "grid-delay": ((4e-3, 2e-3), (2e-3, 1e-3), (2e-3, 2e-3), (2e-3, 4e-3)),
     "head": (3e-4, 1e-3, 3e-3, 1e-2),
-    "scales": tuple((rate, rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2)),
+    "scales": tuple((rate, rate) for rate in (3e-2, 1e-3, 3e-3, 1e-2)),
     "lora-signround": (0.0,),
 }
 """Learning rates that are tried, of adapters and of the head beside them, or of these and the logarithm of scales; the
