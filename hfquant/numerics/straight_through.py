@@ -15,7 +15,7 @@ References:
 import torch
 from torch import Tensor
 
-from hfquant.numerics.affine import SMALLEST_SCALE, code_range, dequantize, quantize, round_scale, split_groups
+from hfquant.numerics.affine import LARGEST_SCALE, SMALLEST_SCALE, code_range, dequantize, quantize, split_groups
 
 
 def learned_scale(initial: Tensor, log_scale: Tensor) -> Tensor:
@@ -28,8 +28,9 @@ def learned_scale(initial: Tensor, log_scale: Tensor) -> Tensor:
     Returns:
         Scale ``[..., G]``, float32, bfloat16-representable, of the sign of ``initial``.
     """
-    magnitude = (initial.abs() * torch.exp(log_scale)).clamp_min(SMALLEST_SCALE)  # 0 would stand for "no scale"
-    return round_scale(torch.where(initial < 0, -magnitude, magnitude))
+    # As round_scale does it, but 0 is no special case; every layer of a model needs this twice a step.
+    magnitude = (initial.abs() * torch.exp(log_scale)).float().clamp(SMALLEST_SCALE, LARGEST_SCALE)
+    return magnitude.to(torch.bfloat16).float().copysign(initial)
 
 
 def row_codes(weight: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: int) -> Tensor:
