@@ -14,13 +14,13 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is optional, and has no wheel for this platform")
 
-from hfquant.kernels.dequantize.triton import dequantize_kernel
-from hfquant.kernels.fake_quantize.triton import fake_quantize_backward_kernel, fake_quantize_kernel
+from hfquant.kernels.dequantize.triton import ROWS, WORDS, dequantize_kernel
+from hfquant.kernels.fake_quantize.triton import TILE, fake_quantize_backward_kernel, fake_quantize_kernel
 from hfquant.kernels.grid import triton as grid
 from hfquant.kernels.grid_weight.triton import grid_weight_backward_kernel, grid_weight_kernel
 from hfquant.kernels.int8_linear import triton as int8
 from hfquant.kernels.packed_matmul import triton as packed_matmul
-from hfquant.kernels.quantize_rows.triton import quantize_rows_kernel
+from hfquant.kernels.quantize_rows.triton import COLUMNS, WHOLE, quantize_rows_kernel
 from tests.support.triton_compiler import SHARED_BYTES, Built, compile_kernel
 
 
@@ -156,7 +156,7 @@ ELEMENTWISE = {
         dequantize_kernel,
         {"ids_ptr": None, "w_ptr": "*i32", "s_ptr": "*bf16", "z_ptr": None, "out_ptr": "*bf16"}
         | dict.fromkeys(("ROWS_OUT", "ROWS_IN", "K", "WIDTH", "GROUPS", "ZERO_WORDS"), "i32")
-        | {"BITS": 4, "GROUP": 128, "BR": 2, "BW": 512},
+        | {"BITS": 4, "GROUP": 128, "BR": ROWS, "BW": WORDS},
         WIDE_STORE,
     ),
     "weight-sums": (
@@ -168,32 +168,32 @@ ELEMENTWISE = {
         dequantize_kernel,
         {"ids_ptr": "*i64", "w_ptr": "*i32", "s_ptr": "*bf16", "z_ptr": "*i32", "out_ptr": "*fp32"}
         | dict.fromkeys(("ROWS_OUT", "ROWS_IN", "K", "WIDTH", "GROUPS", "ZERO_WORDS"), "i32")
-        | {"BITS": 8, "GROUP": 64, "BR": 2, "BW": 512},
+        | {"BITS": 8, "GROUP": 64, "BR": ROWS, "BW": WORDS},
         WIDE_STORE,
     ),
     "quantize-rows": (
         quantize_rows_kernel,
         {"x_ptr": "*bf16", "static_ptr": None, "codes_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*i8", "K": "i32"}
-        | {"ASYMMETRIC": True, "BK": 8192, "ONCE": True},
+        | {"ASYMMETRIC": True, "BK": WHOLE, "ONCE": True},
         WIDE_LOAD,
     ),
     "quantize-long-rows": (
         quantize_rows_kernel,
         {"x_ptr": "*bf16", "static_ptr": None, "codes_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*i8", "K": "i32"}
-        | {"ASYMMETRIC": True, "BK": 2048, "ONCE": False},
+        | {"ASYMMETRIC": True, "BK": COLUMNS, "ONCE": False},
         WIDE_LOAD,
     ),
     "fake-quantize": (
         fake_quantize_kernel,
         {"x_ptr": "*bf16", "s_ptr": "*fp32", "z_ptr": None, "out_ptr": "*bf16", "GROUPS": "i32", "G": "i32"}
-        | {"BITS": 4, "BG": 8, "BK": 128},
+        | {"BITS": 4, "BG": TILE // 128, "BK": 128},
         WIDE_LOAD,
     ),
     "fake-quantize-backward": (
         fake_quantize_backward_kernel,
         dict.fromkeys(("grad_ptr", "x_ptr", "grad_x_ptr"), "*bf16")
         | {"s_ptr": "*fp32", "z_ptr": None, "grad_s_ptr": "*fp32", "GROUPS": "i32", "G": "i32"}
-        | {"BITS": 4, "BG": 8, "BK": 128},
+        | {"BITS": 4, "BG": TILE // 128, "BK": 128},
         WIDE_LOAD,
     ),
     "grid-weight": (
