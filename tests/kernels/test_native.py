@@ -31,6 +31,7 @@ SETS = [name for name, usable in native.instruction_sets().items() if usable]
 pytestmark = pytest.mark.skipif(not SETS, reason="the native kernels are not built")
 
 ROWS = [1, 2, 3, 5, 8, 9, 13, 40]
+ONE = int(scale_to_bits(torch.ones(1)))
 SHAPES = [(64, 3), (100, 1), (97, 33), (576, 65), (1025, 31)]
 
 
@@ -67,6 +68,21 @@ def test_groups_of_any_size(bits: int, symmetric: bool, m: int, kind: str) -> No
         for dtype in DTYPES:
             case = LinearCase(m, k, n, bits, group, symmetric, dtype)
             assert_close(case.run(case.x, kind, bias=case.bias), case.oracle(kind), case.plain(kind))
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_sums_of_small_integers_in_bfloat16_are_exact(bits: int, symmetric: bool) -> None:
+    for m, (k, group) in product((3, 9, 26), ((64, None), (100, None), (96, 32), (1032, 24))):
+        case = LinearCase(m, k, 35, bits, group, symmetric, torch.bfloat16)
+        x = torch.randint(-8, 9, (m, k)).bfloat16()
+        case.packed = (case.packed[0], torch.full_like(case.packed[1], ONE), case.packed[2])
+        zero = 0 if case.zero is None else case.zero.repeat_interleave(group or k, 1)
+        exact = x.double() @ (case.codes - zero).double().T
+        assert torch.equal(case.run(x, "weight_only"), exact.bfloat16())
+        columns = torch.empty(k, m, dtype=torch.bfloat16).T.copy_(x)
+        assert torch.equal(case.run(columns, "weight_only"), exact.bfloat16())
 
 
 @pytest.mark.usefixtures("instruction_set")

@@ -109,8 +109,8 @@ class Rows {
   // Whether `read` needs no scratch.
   bool is_dense() const { return type_ == Float::f32 && (strides_[dims_ - 1] == 1 || length <= 1); }
 
-  // Row `m`; `scratch` has room for `length` floats and as many values of the type.
-  const float* read(int64_t m, float* scratch) const {
+  // Row `m` as it is; `dense` has room for a copy of one whose values are not neighbours.
+  const char* raw(int64_t m, char* dense) const {
     const int64_t size = size_of(type_), step = strides_[dims_ - 1];
     int64_t offset = 0;
     for (int64_t i = dims_ - 2; i >= 0; i--) {
@@ -118,11 +118,14 @@ class Rows {
       m /= sizes_[i];
     }
     const char* row = data_ + offset * size;
-    if (step != 1 && length > 1) {
-      char* dense = reinterpret_cast<char*>(scratch + length);
-      for (int64_t k = 0; k < length; k++) std::memcpy(dense + k * size, row + k * step * size, size);
-      row = dense;
-    }
+    if (step == 1 || length <= 1) return row;
+    for (int64_t k = 0; k < length; k++) std::memcpy(dense + k * size, row + k * step * size, size);
+    return dense;
+  }
+
+  // Row `m`; `scratch` has room for `length` floats and as many values of the type.
+  const float* read(int64_t m, float* scratch) const {
+    const char* row = raw(m, reinterpret_cast<char*>(scratch + length));
     if (type_ == Float::f32) return reinterpret_cast<const float*>(row);
     kernels->to_float(row, type_, length, scratch);
     return scratch;

@@ -36,6 +36,12 @@ struct Activations {
   const int32_t* ones;  // sums of a row of ones [chunks, lanes]; few rows only
 };
 
+// Rows of bfloat16 as tiles [tiles, K / 2, tile, 2].
+struct Bf16Rows {
+  int64_t rows;
+  const uint16_t* pairs;
+};
+
 struct Output {
   void* data;  // [M, N]
   Float type;
@@ -95,6 +101,11 @@ struct Kernels {
   void (*fake_quantize_row)(const Values&, int64_t row, float* out);
   // Gradients of x [length] and of the scales [groups] of one row, from that of those values.
   void (*fake_quantize_gradients)(const Values&, int64_t row, const float* grad, float* grad_x, float* grad_scale);
+  // Tiles of bfloat16 activations, multiplied as they are; null where the processor has no such product.
+  void (*bf16_tiles)(const Weight&, const Bf16Rows&, const Output&, int64_t block, int64_t first_tile, int64_t last_tile,
+                     const uint8_t* panel);
+  // The panel for them: codes without their zero points as bfloat16 [K / 2, BLOCK, 2], scales [groups, BLOCK].
+  void (*pack_bf16)(const Weight&, int64_t block, uint8_t* panel);
 };
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -125,11 +136,15 @@ inline int64_t panel_bytes(const Weight& w) {
   return panel_depth(w) * BLOCK + w.groups * BLOCK * 12 + 64;
 }
 
+// Bytes of a panel of bfloat16 values.
+inline int64_t bf16_panel_bytes(const Weight& w) { return panel_bytes(w) + panel_depth(w) * BLOCK; }
+
 extern "C" const Kernels hfquant_scalar;
 #if defined(__x86_64__)
 extern "C" const Kernels hfquant_avx2;
 extern "C" const Kernels hfquant_avxvnni;
 extern "C" const Kernels hfquant_avx512;
+const Kernels& kernels_avx512bf16();  // those of avx512 and the product of bfloat16
 #endif
 
 }  // namespace hfquant

@@ -62,6 +62,24 @@ void few_rows(const LinearCall& call, const Output& out) {
   parallel_for(blocks, grain, [&](int64_t begin, int64_t end) { kernels->few_rows(w, a, out, begin, end); });
 }
 
+// Calls `work(block, first tile, last tile, panel)` for every block of the weight, on all threads.
+template <class Work>
+void each_panel(const Weight& w, int64_t tiles, int64_t bytes, const Work& work) {
+  const int64_t blocks = (w.rows + BLOCK - 1) / BLOCK;
+  uint32_t threads = 1;
+  check(torch.torch_get_num_threads(&threads), "get_num_threads");
+  // Narrow layers have too few blocks for many threads: divide the tiles too, at the price of packing panels again.
+  const int64_t wanted = threads > 1 ? 4 * int64_t(threads) : 1;
+  const int64_t parts = std::max<int64_t>(1, std::min(wanted / blocks, tiles / 8)), step = (tiles + parts - 1) / parts;
+  parallel_for(blocks * parts, 1, [&](int64_t begin, int64_t end) {
+    auto panel = buffer<uint8_t>(bytes);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t first = i % parts * step, last = std::min(first + step, tiles);
+      if (first < last) work(i / parts, first, last, panel.get());
+    }
+  });
+}
+
 void many_rows(const LinearCall& call, const Output& out) {
   const Weight& w = call.w;
   const int64_t tile = kernels->tile, rows = call.x.count, tiles = (rows + tile - 1) / tile;
@@ -93,20 +111,33 @@ void many_rows(const LinearCall& call, const Output& out) {
   });
   const Activations a{rows, call.planes, codes.get(), sums.get(), nullptr, scale.get(),
                       call.asymmetric ? zeros.get() : nullptr, nullptr};
-  const int64_t blocks = (w.rows + BLOCK - 1) / BLOCK;
-  uint32_t threads = 1;
-  check(torch.torch_get_num_threads(&threads), "get_num_threads");
-  // Narrow layers have too few blocks for many threads: divide the tiles too, at the price of packing panels again.
-  const int64_t wanted = threads > 1 ? 4 * int64_t(threads) : 1;
-  const int64_t parts = std::max<int64_t>(1, std::min(wanted / blocks, tiles / 8)), step = (tiles + parts - 1) / parts;
-  parallel_for(blocks * parts, 1, [&](int64_t begin, int64_t end) {
-    auto panel = buffer<uint8_t>(panel_bytes(w));
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t first = i % parts * step, last = std::min(first + step, tiles);
-      if (first >= last) continue;
-      kernels->pack_panel(w, i / parts, panel.get());
-      kernels->tiles(w, a, out, i / parts, first, last, panel.get());
+  each_panel(w, tiles, panel_bytes(w), [&](int64_t block, int64_t first, int64_t last, uint8_t* panel) {
+    kernels->pack_panel(w, block, panel);
+    kernels->tiles(w, a, out, block, first, last, panel);
+  });
+}
+
+// Many rows of bfloat16 where the processor multiplies them.
+void many_bf16_rows(const LinearCall& call, const Output& out) {
+  const Weight& w = call.w;
+  const int64_t tile = kernels->tile, rows = call.x.count, tiles = (rows + tile - 1) / tile, pairs = panel_depth(w) / 2;
+  auto values = buffer<uint16_t>(tiles * tile * pairs * 2);
+  parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
+    auto padded = buffer<uint16_t>(pairs * 2), dense = buffer<uint16_t>(w.in_features);
+    std::memset(padded.get(), 0, pairs * 4);
+    for (int64_t m = begin * tile; m < end * tile; m++) {
+      char* to = reinterpret_cast<char*>(values.get() + m / tile * tile * pairs * 2) + m % tile * 4;
+      if (m < rows)
+        std::memcpy(padded.get(), call.x.raw(m, reinterpret_cast<char*>(dense.get())), w.in_features * 2);
+      else
+        std::memset(padded.get(), 0, pairs * 4);
+      for (int64_t i = 0; i < pairs; i++) std::memcpy(to + i * tile * 4, padded.get() + 2 * i, 4);
     }
+  });
+  const Bf16Rows x{rows, values.get()};
+  each_panel(w, tiles, bf16_panel_bytes(w), [&](int64_t block, int64_t first, int64_t last, uint8_t* panel) {
+    kernels->pack_bf16(w, block, panel);
+    kernels->bf16_tiles(w, x, out, block, first, last, panel);
   });
 }
 
@@ -147,7 +178,12 @@ void linear(StableIValue* stack, uint64_t, uint64_t) {
   if (rows.count && w.rows) {
     const Output out{result.data<void>(), rows.type(), bias_values.get(), w.rows};
     const LinearCall call{rows, w, given ? &input_scale : nullptr, planes, dynamic && !given && asymmetric};
-    rows.count <= kernels->few ? few_rows(call, out) : many_rows(call, out);
+    if (rows.count <= kernels->few)
+      few_rows(call, out);
+    else if (planes > 1 && rows.type() == Float::bf16 && kernels->bf16_tiles)
+      many_bf16_rows(call, out);
+    else
+      many_rows(call, out);
   }
   stack[0] = result.result();
 }
@@ -232,17 +268,18 @@ bool has(const char* name) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == "avx2") return avx2;
   if (isa == "avxvnni") return avx2 && __builtin_cpu_supports("avxvnni");
-  if (isa == "avx512")
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (isa == "avx512") return avx512;
+  if (isa == "avx512bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   return std::strcmp(name, "scalar") == 0;
 }
 
 const Kernels* const TABLES[] = {
 #if defined(__x86_64__)
-    &hfquant_avx512, &hfquant_avxvnni, &hfquant_avx2,
+    &kernels_avx512bf16(), &hfquant_avx512, &hfquant_avxvnni, &hfquant_avx2,
 #endif
     &hfquant_scalar};
 

@@ -2,6 +2,12 @@
 
 namespace {
 
+// Row `i` of a block; the last one of the weight in place of those that are not there.
+INLINE int64_t row_of_block(const Weight& w, int64_t block, int i) {
+  const int64_t row = block * BLOCK + i;
+  return row < w.rows ? row : w.rows - 1;
+}
+
 // Sums of the codes of each group of a panel's columns, without their zero points; floats if there are several groups.
 void sum_columns(const Weight& w, const uint8_t* panel, const int32_t* zeros, int32_t* out) {
   const int64_t quads = panel_depth(w) / 4, group = w.in_features / w.groups;
@@ -35,38 +41,67 @@ INLINE void store_word(V::I v, int bits, int64_t i, uint8_t* panel) {
   if (bits == 4) V::store(to + BLOCK * 4, V::high(v));
 }
 
-// A panel: unsigned codes [K / 4, BLOCK, 4], float scales [groups, BLOCK], int32 zero points [groups, BLOCK], sums likewise.
-void pack_panel(const Weight& w, int64_t block, uint8_t* panel) {
-  const int64_t depth = panel_depth(w), words = depth * w.bits / 32;
+// Calls `store(column, i, words)` with word `i` of the rows `column`, `column + 1`, ... of a block; past the last row it is
+// read again, past the end of a row there are zeros.
+template <class Store>
+INLINE void each_word(const Weight& w, int64_t block, const Store& store) {
+  const int64_t words = panel_depth(w) * w.bits / 32;
   for (int column = 0; column < BLOCK; column += V::LANES) {
     int64_t rows[V::LANES];
-    for (int i = 0; i < V::LANES; i++) {  // past the last row it is packed again
-      const int64_t row = block * BLOCK + column + i;
-      rows[i] = row < w.rows ? row : w.rows - 1;
-    }
+    for (int i = 0; i < V::LANES; i++) rows[i] = row_of_block(w, block, column + i);
     V::I word[V::LANES];
     for (int64_t j = 0; j < words; j += V::LANES) {
       const int64_t left = w.row_bytes - j * 4;
       if (left > 0) V::transpose(w.codes + j * 4, w.row_bytes, rows, left, word);
       if (left > 0 && words - j >= V::LANES) {
 #pragma GCC unroll 16
-        for (int i = 0; i < V::LANES; i++) store_word(word[i], w.bits, j + i, panel + column * 4);
+        for (int i = 0; i < V::LANES; i++) store(column, j + i, word[i]);
       } else {
-        for (int64_t i = j; i < words && i < j + V::LANES; i++)
-          store_word(left > 0 ? word[i - j] : V::zero(), w.bits, i, panel + column * 4);
+        for (int64_t i = j; i < words && i < j + V::LANES; i++) store(column, i, left > 0 ? word[i - j] : V::zero());
       }
     }
   }
-  float* scales = (float*)(panel + depth * BLOCK);
+}
+
+// Scales [groups, BLOCK] and, unless the weight is symmetric, zero points [groups, BLOCK] of a block, one after the other.
+INLINE void pack_scales(const Weight& w, int64_t block, float* scales) {
   int32_t* zeros = (int32_t*)(scales + w.groups * BLOCK);
   for (int i = 0; i < BLOCK; i++) {
-    const int64_t row = block * BLOCK + i < w.rows ? block * BLOCK + i : w.rows - 1;
+    const int64_t row = row_of_block(w, block, i);
     for (int64_t g = 0; g < w.groups; g++) {
       scales[g * BLOCK + i] = float_of(uint32_t(w.scale[row * w.groups + g]) << 16);
       if (w.zero) zeros[g * BLOCK + i] = zero_point(w, row, g);
     }
   }
+}
+
+// A panel: unsigned codes [K / 4, BLOCK, 4], float scales [groups, BLOCK], int32 zero points [groups, BLOCK], sums likewise.
+void pack_panel(const Weight& w, int64_t block, uint8_t* panel) {
+  const int64_t depth = panel_depth(w);
+  each_word(w, block, [&](int column, int64_t i, V::I word) __attribute__((always_inline)) {
+    store_word(word, w.bits, i, panel + column * 4);
+  });
+  float* scales = (float*)(panel + depth * BLOCK);
+  pack_scales(w, block, scales);
+  int32_t* zeros = (int32_t*)(scales + w.groups * BLOCK);
   sum_columns(w, panel, zeros, zeros + w.groups * BLOCK);
 }
+
+// The codes of the block behind one that is being multiplied: they come into the cache meanwhile, a part with each tile.
+struct NextBlock {
+  const uint8_t* codes;
+  int64_t bytes, share;
+
+  NextBlock(const Weight& w, int64_t block, int64_t tiles) {
+    const int64_t start = (block + 1) * BLOCK;
+    codes = w.codes + start * w.row_bytes;
+    bytes = w.rows - start >= BLOCK ? BLOCK * w.row_bytes : 0;
+    share = round_up(bytes / tiles + 1, 64);
+  }
+  INLINE void fetch(int64_t part) const {
+    const int64_t from = part * share, to = from + share < bytes ? from + share : bytes;
+    for (int64_t i = from; i < to; i += 64) V::prefetch(codes + i);
+  }
+};
 
 }  // namespace

@@ -118,14 +118,10 @@ void tile_block(const Weight& w, const Activations& a, const Output& out, int64_
   const int32_t* zeros = (const int32_t*)(scales + w.groups * BLOCK);
   const int32_t* code_sums = zeros + w.groups * BLOCK;
   const int count = w.rows - start < BLOCK ? int(w.rows - start) : BLOCK;
-  // While this block is multiplied the next one comes into the cache, a part with each tile.
-  const uint8_t* next = w.codes + (start + BLOCK) * w.row_bytes;
-  const int64_t next_bytes = w.rows - start >= 2 * BLOCK ? BLOCK * w.row_bytes : 0;
-  const int64_t share = round_up(next_bytes / (last - first) + 1, 64);
+  const NextBlock next(w, block, last - first);
   alignas(64) float values[TILE * BLOCK];
   for (int64_t t = first; t < last; t++) {
-    const int64_t from = (t - first) * share, to = from + share < next_bytes ? from + share : next_bytes;
-    for (int64_t i = from; i < to; i += 64) V::prefetch(next + i);
+    next.fetch(t - first);
     for (int column = 0; column < BLOCK; column += 2 * V::LANES)
       if (!DIGITS && w.groups == 1) {
         tile_of_channels<ZERO>(panel + column * 4, a.codes + t * depth * TILE, depth / 4, a.sums + t * TILE,
@@ -158,4 +154,4 @@ void tiles(const Weight& w, const Activations& a, const Output& out, int64_t blo
 #define KERNEL_TABLE(NAME, TEXT, FEW)                                                                             \
   extern "C" const Kernels NAME = {TEXT,        V::BYTES,           TILE,     FEW,   quantize_row, to_float, from_float, \
                                    arrange_few, arrange_tile<TILE>, few_rows, tiles, pack_panel,   dequantize_row,       \
-                                   grid_row,    grid_gradients, fake_quantize_row, fake_quantize_gradients};
+                                   grid_row,    grid_gradients, fake_quantize_row, fake_quantize_gradients, nullptr, nullptr};
