@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from hfquant.nn.fused import unfuse_modules_
 from hfquant.nn.packed_module import PackedModule
 from hfquant.nn.select import packed_class
 from hfquant.schemes import LayerScheme
@@ -50,8 +51,9 @@ def tie_packed_(model: nn.Module, ties: Mapping[str, str]) -> None:
 def restore_modules_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Turn every packed module back into the float module it was, with dequantized weights.
 
-    Modules that shared packed parameters share the float ones afterwards.
+    Modules that shared packed parameters share the float ones afterwards. Fused modules are what they were, too.
     """
+    unfuse_modules_(model)
     restored: dict[int, tuple[nn.Module, str]] = {}
     model.__dict__.pop(DDP_IGNORES, None)
     for _, module in list(packed_modules(model)):

@@ -8,6 +8,7 @@ constexpr int BLOCK = 32;      // output features that one unit of work computes
 constexpr int MAX_PLANES = 3;  // INT8 digits of one activation: 1 quantized, 2 half precision, 3 float32
 
 enum class Float : int { f32, bf16, f16 };
+enum class Gate : int64_t { silu, gelu_tanh };
 
 // A packed weight as numerics/packing.py defines it: rows of unsigned codes, lowest bits first.
 struct Weight {
@@ -101,6 +102,14 @@ struct Kernels {
   void (*fake_quantize_row)(const Values&, int64_t row, float* out);
   // Gradients of x [length] and of the scales [groups] of one row, from that of those values.
   void (*fake_quantize_gradients)(const Values&, int64_t row, const float* grad, float* grad_x, float* grad_scale);
+  // x / sqrt(mean(x**2) + eps) * weight of a row, through `values [count]`, which may be `out` itself where that is float32.
+  // With `round_first` the quotient is rounded to `type` before the weight.
+  void (*rms_norm_row)(const float* x, Float type, int64_t count, const float* weight, float eps, bool round_first,
+                       float* values, void* out);
+  // act(gate) * up, each rounded to `type`.
+  void (*gated_row)(const void* gate, const void* up, Float type, int64_t count, Gate kind, void* out);
+  // The rotary embedding of one head; `values` has room for two rows.
+  void (*rotate_row)(const float* x, Float type, int64_t count, const float* cos, const float* sin, float* values, void* out);
   // Tiles of bfloat16 activations, multiplied as they are; null where the processor has no such product.
   void (*bf16_tiles)(const Weight&, const Bf16Rows&, const Output&, int64_t block, int64_t first_tile, int64_t last_tile,
                      const uint8_t* panel);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "between_ops.h"
 #include "training_ops.h"
 
 namespace hfquant {
@@ -302,6 +303,9 @@ extern "C" __attribute__((visibility("default"))) const char* hfquant_register(v
       {"grid_weight_backward_cpu", grid_weight_backward},
       {"fake_quantize_cpu", fake_quantize},
       {"fake_quantize_backward_cpu", fake_quantize_backward},
+      {"rms_norm_cpu", rms_norm},
+      {"gated_product_cpu", gated_product},
+      {"rotary_cpu", rotary},
   };
   for (const auto& [name, function] : ops)
     if (torch.torch_library_impl(library, name, function, TARGET_TORCH)) return name;

@@ -151,7 +151,8 @@ void tiles(const Weight& w, const Activations& a, const Output& out, int64_t blo
 
 }  // namespace
 
-#define KERNEL_TABLE(NAME, TEXT, FEW)                                                                             \
+#define KERNEL_TABLE(NAME, TEXT, FEW)                                                                                    \
   extern "C" const Kernels NAME = {TEXT,        V::BYTES,           TILE,     FEW,   quantize_row, to_float, from_float, \
                                    arrange_few, arrange_tile<TILE>, few_rows, tiles, pack_panel,   dequantize_row,       \
-                                   grid_row,    grid_gradients, fake_quantize_row, fake_quantize_gradients, nullptr, nullptr};
+                                   grid_row,    grid_gradients, fake_quantize_row, fake_quantize_gradients,              \
+                                   rms_norm_row, gated_row, rotate_row, nullptr, nullptr};

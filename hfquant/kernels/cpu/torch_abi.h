@@ -86,6 +86,9 @@ class Tensor {
       strides[i] = step;
       step *= sizes[i] > 1 ? sizes[i] : 1;
     }
+    return empty_strided(dims, sizes, strides, dtype);
+  }
+  static Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
     Handle out;
     check(torch.aoti_torch_empty_strided(dims, sizes, strides, dtype, torch.aoti_torch_device_type_cpu(), 0, &out),
           "empty");

@@ -38,6 +38,8 @@ define_op(
 register_native("quant_embedding", _is_native)
 register_triton("quant_embedding")
 
+_NATIVE: Any = torch.ops.hfquant.quant_embedding_cpu.default
+
 
 def quant_embedding(
     ids: Tensor,
@@ -66,7 +68,12 @@ def quant_embedding(
     Raises:
         IndexError: If an id is not a row of the table; on a GPU, where that cannot raise, its row is NaN.
     """
-    out: Tensor = torch.ops.hfquant.quant_embedding(
-        ids, weight, weight_scale, weight_zero_point, bits, embedding_dim, dtype
-    )
+    arguments = (ids, weight, weight_scale, weight_zero_point, bits, embedding_dim, dtype)
+    if ids.is_cpu and native.is_active() and not torch.compiler.is_compiling():
+        try:
+            direct: Tensor = _NATIVE(*arguments)
+            return direct
+        except RuntimeError:  # an id that is no row, or a layout for the reference: it says so, or computes it
+            pass
+    out: Tensor = torch.ops.hfquant.quant_embedding(*arguments)
     return out

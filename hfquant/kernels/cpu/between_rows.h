@@ -1,0 +1,104 @@
+// Rows of what lies between quantized layers: norms, gated activations, rotary embedding. On the vector type V of the
+// including file, or plain loops that the compiler vectorizes.
+
+namespace {
+
+constexpr int BETWEEN_PART = 256;  // values of a row that are worked on at once
+
+// `x [count]` as float32, through `scratch [count]` unless it is.
+INLINE const float* floats_of(const void* x, Float type, int64_t count, float* scratch) {
+  if (type == Float::f32) return (const float*)x;
+  to_float(x, type, count, scratch);
+  return scratch;
+}
+
+// Rounds to `type` and back.
+INLINE void round_to(Float type, int64_t count, float* values) {
+  uint16_t half[BETWEEN_PART];
+  for (int64_t i = 0; type != Float::f32 && i < count; i += BETWEEN_PART) {
+    const int64_t n = count - i < BETWEEN_PART ? count - i : BETWEEN_PART;
+    from_float(values + i, type, n, half);
+    to_float(half, type, n, values + i);
+  }
+}
+
+INLINE float sum_of_squares(const float* x, int64_t count) {
+  V::F sums[4] = {V::zerof(), V::zerof(), V::zerof(), V::zerof()};
+  int64_t i = 0;
+  for (; i + 4 * V::LANES <= count; i += 4 * V::LANES)
+    for (int j = 0; j < 4; j++) {
+      const V::F v = V::loadf(x + i + j * V::LANES);
+      sums[j] = V::fma(v, v, sums[j]);
+    }
+  float total = V::totalf(V::addf(V::addf(sums[0], sums[1]), V::addf(sums[2], sums[3])));
+  for (; i < count; i++) total += x[i] * x[i];
+  return total;
+}
+
+void rms_norm_row(const float* x, Float type, int64_t count, const float* weight, float eps, bool round_first, float* values,
+                  void* out) {
+  const float factor = 1.0f / __builtin_sqrtf(sum_of_squares(x, count) / float(count) + eps);
+  for (int64_t i = 0; i < count; i++) values[i] = x[i] * factor;
+  if (round_first) round_to(type, count, values);
+  for (int64_t i = 0; i < count; i++) values[i] *= weight[i];
+  if (values != out) from_float(values, type, count, out);
+}
+
+// e**x to 2e-7 of it; infinity above 88.7. NaN stays.
+INLINE float exponential(float x) {
+  const float low = x < -87.0f ? -87.0f : x, clamped = low > 89.0f ? 89.0f : low;
+  const float n = (clamped * 1.44269504f + ROUND) - ROUND;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts
+  float p = 1.0f / 5040;
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * (r * r) + r + 1.0f;
+  return p * float_of(uint32_t(int32_t(n) + 127) << 23);
+}
+
+// act(gate) * up, where act(x) = x / (1 + e**-t): t = x is SiLU, t = 2 sqrt(2 / pi) (x + 0.044715 x**3) is GELU with tanh.
+INLINE void gated_part(const float* gate, const float* up, Float type, int64_t count, Gate kind, float* values) {
+  if (kind == Gate::silu)
+    for (int64_t i = 0; i < count; i++) values[i] = gate[i] / (1.0f + exponential(-gate[i]));
+  else
+    for (int64_t i = 0; i < count; i++) {
+      const float x = gate[i], t = 1.5957691216f * (x + 0.044715f * x * x * x);
+      values[i] = x / (1.0f + exponential(-t));
+    }
+  round_to(type, count, values);
+  for (int64_t i = 0; i < count; i++) values[i] *= up[i];
+}
+
+void gated_row(const void* gate, const void* up, Float type, int64_t count, Gate kind, void* out) {
+  float left[BETWEEN_PART], right[BETWEEN_PART], values[BETWEEN_PART];
+  const int64_t size = type == Float::f32 ? 4 : 2;
+  for (int64_t i = 0; i < count; i += BETWEEN_PART) {
+    const int64_t n = count - i < BETWEEN_PART ? count - i : BETWEEN_PART;
+    const float* g = floats_of((const char*)gate + i * size, type, n, left);
+    const float* u = floats_of((const char*)up + i * size, type, n, right);
+    float* to = type == Float::f32 ? (float*)out + i : values;
+    gated_part(g, u, type, n, kind, to);
+    if (type != Float::f32) from_float(values, type, n, (char*)out + i * size);
+  }
+}
+
+// x * cos + (-x2, x1) * sin for the halves x1, x2 of `x [count]`, rounded to `type` after every operation.
+void rotate_row(const float* x, Float type, int64_t count, const float* cos, const float* sin, float* values, void* out) {
+  const int64_t half = count / 2;
+  float* turned = values + count;
+  for (int64_t i = 0; i < half; i++) {
+    turned[i] = -x[half + i] * sin[i];
+    turned[half + i] = x[i] * sin[half + i];
+  }
+  for (int64_t i = 0; i < count; i++) values[i] = x[i] * cos[i];
+  round_to(type, count, turned);
+  round_to(type, count, values);
+  float* to = type == Float::f32 ? (float*)out : values;
+  for (int64_t i = 0; i < count; i++) to[i] = values[i] + turned[i];
+  if (type != Float::f32) from_float(values, type, count, out);
+}
+
+}  // namespace

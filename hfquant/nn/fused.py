@@ -1,0 +1,225 @@
+"""Fewer and larger operations between the packed layers of a model on a CPU: norms, gated activations, rotary embedding.
+
+A token of a small model spends more time on those than on its weights. A module takes part if, tried on random values,
+it computes the formula of an op of ours; names do not matter. Where the native kernels do not run (another device,
+autocast, a compiler), the module computes what it did before.
+"""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hfquant.kernels import native
+from hfquant.kernels.gated_product import GATES, gated_product
+from hfquant.kernels.gated_product.reference import gated_product_reference
+from hfquant.kernels.rms_norm import rms_norm
+from hfquant.kernels.rms_norm.reference import rms_norm_reference
+from hfquant.kernels.rotary import fits_native, rotary
+from hfquant.kernels.rotary.reference import rotary_reference
+
+
+SETTINGS = "_hfquant_fused"
+"""Attribute of a fused module with what its op needs."""
+
+ROTARY = "apply_rotary_pos_emb"
+"""Name that the modules of Transformers give their rotary embedding."""
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""Of the random values that modules are tried on, whatever the defaults are."""
+
+
+class Fused(nn.Module):
+    """Base of the classes that take the place of a module's own, which is their second base."""
+
+    float_class: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Classes that are made at run time have no name to be found by.
+        return _new_fused, (type(self).__bases__[0], self.float_class), self.__dict__
+
+
+class FusedNorm(Fused):
+    """A root mean square norm as one op."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Normalize ``x [..., K]``."""
+        weight = self._parameters["weight"]
+        if args or kwargs or weight is None or not _runs(x) or weight.dtype != x.dtype or not weight.is_contiguous():
+            return self.float_class.forward(self, x, *args, **kwargs)
+        eps, unit_offset, round_first = self.__dict__[SETTINGS]
+        return rms_norm(x, weight, eps, unit_offset=unit_offset, round_first=round_first)
+
+
+class FusedGatedMLP(Fused):
+    """``down_proj(act(gate_proj(x)) * up_proj(x))`` with one op between the layers."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Apply the layer to ``x [..., K]``."""
+        if args or kwargs or not _runs(x):
+            return self.float_class.forward(self, x, *args, **kwargs)
+        gate, up, down = (self._modules[name] for name in PROJECTIONS)
+        return down(gated_product(gate(x), up(x), self.__dict__[SETTINGS]))  # type: ignore[misc]
+
+
+def fuse_modules_(model: nn.Module) -> None:
+    """Let norms, gated activations and rotary embeddings of ``model`` run as one op each; undone by ``unfuse_modules_``."""
+    if not native.is_active():
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for module in model.modules():
+            if isinstance(module, Fused):
+                continue
+            for settings_of, kind in ((_norm_settings, FusedNorm), (_gated_settings, FusedGatedMLP)):
+                settings = settings_of(module)
+                if settings is not None:
+                    module.__dict__[SETTINGS] = settings
+                    module.__class__ = _fused_class(kind, type(module))
+                    break
+            _fuse_rotary(type(module))
+
+
+def unfuse_modules_(model: nn.Module) -> None:
+    """Give every fused module of ``model`` its own class back."""
+    for module in model.modules():
+        if isinstance(module, Fused):
+            del module.__dict__[SETTINGS]
+            module.__class__ = module.float_class  # type: ignore[assignment]
+
+
+@functools.cache
+def _fused_class(kind: type[Fused], float_class: type[nn.Module]) -> type[nn.Module]:
+    names = {"float_class": float_class, "__module__": float_class.__module__, "__doc__": float_class.__doc__}
+    return type(float_class.__name__, (kind, float_class), names)
+
+
+def _new_fused(kind: type[Fused], float_class: type[nn.Module]) -> nn.Module:
+    return object.__new__(_fused_class(kind, float_class))
+
+
+def _runs(x: Tensor) -> bool:
+    """Whether the native kernels may stand in for operations on ``x``."""
+    return (
+        isinstance(x, Tensor)
+        and native.is_active()
+        and x.is_cpu
+        and x.dtype in native.FLOATS
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _stand_in(module: nn.Module, parameters: dict[str, Tensor], modules: dict[str, nn.Module]) -> nn.Module:
+    """``module`` with other parameters and children, without hooks: to try its forward on."""
+    other = object.__new__(type(module))
+    other.__dict__ = copy.copy(module.__dict__)
+    other.__dict__.pop("forward", None)
+    other._parameters = dict(parameters)  # type: ignore[arg-type]
+    other._modules = {**module._modules, **modules}
+    return other
+
+
+def _try(module: nn.Module, x: Tensor) -> Tensor | None:
+    """What ``module.forward`` makes of ``x``, in training or not; ``None`` if that differs or it wants something else."""
+    found = []
+    for module.training in (True, False):
+        try:
+            with torch.no_grad():
+                found.append(module.forward(x))
+        except Exception:  # noqa: BLE001 - whatever it needs that is not there, it is not what we look for
+            return None
+    first, second = found
+    known = isinstance(first, Tensor) and first.shape == x.shape and first.dtype == x.dtype
+    return first if known and torch.equal(first, second) else None
+
+
+def _norm_settings(module: nn.Module) -> tuple[float, bool, bool] | None:
+    """``(eps, unit_offset, round_first)`` if ``module`` is a root mean square norm of the last dimension."""
+    weight, eps = module._parameters.get("weight"), module.__dict__.get("variance_epsilon", module.__dict__.get("eps"))
+    alone = len(module._parameters) == 1 and not module._modules and not module._buffers
+    if not isinstance(eps, float) or not alone or weight is None or weight.dim() != 1:
+        return None
+    factors = torch.rand(len(weight), **FLOAT) + 0.5
+    x = torch.randn(4, len(weight), **FLOAT) * torch.tensor([[1e-3], [1.0], [30.0], [1e-2]], **FLOAT)
+    found = _try(_stand_in(module, {"weight": factors}, {}), x)
+    for unit_offset in (False, True):
+        if found is not None and _close(found, rms_norm_reference(x, factors, eps, unit_offset, True)):
+            round_first = _rounds_first(module, eps, unit_offset, factors, x)
+            return None if round_first is None else (eps, unit_offset, round_first)
+    return None
+
+
+def _rounds_first(module: nn.Module, eps: float, unit_offset: bool, factors: Tensor, x: Tensor) -> bool | None:
+    """Whether ``module`` rounds to bfloat16 before it multiplies by its weight; ``None`` if it does neither."""
+    factors, x = factors.bfloat16(), x.bfloat16()
+    found = _try(_stand_in(module, {"weight": factors}, {}), x)
+    for round_first in (True, False):
+        expected = rms_norm_reference(x, factors, eps, unit_offset, round_first)
+        if found is not None and (found != expected).float().mean() < 0.01:  # noqa: PLR2004 - sums may round otherwise
+            return round_first
+    return None
+
+
+def _gated_settings(module: nn.Module) -> int | None:
+    """Index into ``GATES`` if ``module`` is ``down(act(gate(x)) * up(x))``."""
+    if module._parameters or not all(isinstance(module._modules.get(name), nn.Linear) for name in PROJECTIONS):
+        return None
+    size, inner = 6, 10
+    shapes = ((size, inner), (size, inner), (inner, size))
+    layers = {name: nn.Linear(*shape, **FLOAT) for name, shape in zip(PROJECTIONS, shapes, strict=True)}
+    x = torch.randn(5, size, **FLOAT) * 3
+    found = _try(_stand_in(module, {}, layers), x)
+    gate, up, down = layers.values()
+    with torch.no_grad():
+        for kind in range(len(GATES)):
+            if found is not None and _close(found, down(gated_product_reference(gate(x), up(x), kind))):
+                return kind
+    return None
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def _fuse_rotary(module_class: type[nn.Module]) -> None:
+    """Let the rotary embedding that the class calls run as one op where that gives the very same bits."""
+    names = getattr(inspect.unwrap(module_class.forward), "__globals__", {})
+    function = names.get(ROTARY)
+    if isinstance(function, FunctionType) and not hasattr(function, SETTINGS) and _is_rotary(function):
+        names[ROTARY] = _with_rotary_op(function)
+
+
+@functools.cache
+def _is_rotary(function: Callable[..., Any]) -> bool:
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, cos, sin = (torch.randn(2, n, 5, 16, **FLOAT).to(dtype) for n in (3, 1, 1, 1))
+        cos, sin = cos.squeeze(1), sin.squeeze(1)
+        try:
+            found = function(q, k, cos, sin)
+        except Exception:  # noqa: BLE001 - it takes other arguments
+            return False
+        expected = rotary_reference(q, k, cos, sin)
+        if not isinstance(found, tuple) or len(found) != len(expected) or not all(map(torch.equal, found, expected)):
+            return False
+    return True
+
+
+def _with_rotary_op(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+        if args or kwargs or torch.compiler.is_compiling() or trains or not fits_native(q, k, cos, sin):
+            return function(q, k, cos, sin, *args, **kwargs)
+        return rotary(q, k, cos, sin)
+
+    setattr(turned, SETTINGS, True)
+    return turned
