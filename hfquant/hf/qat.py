@@ -19,7 +19,7 @@ from hfquant.hf.quantize import _attach, _check_calibration_data, _check_is_floa
 from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.hf.roles import model_roles
 from hfquant.nn.fake_quant_module import SHARED_SUFFIXES, Adapter
-from hfquant.nn.fused import unfuse_modules_
+from hfquant.nn.fused import fuse_modules_
 from hfquant.nn.swap import keep_packed_from_ddp_
 from hfquant.numerics.packing import PackedWeight
 from hfquant.ptq.calibrate import run_batch
@@ -130,6 +130,7 @@ def prepare_model_qat(
         options = calibration_options(config, progress=progress)
         starts = start_from_ptq_(model, quantizer.selection, batches, options)
     _swap(model, quantizer, variant, adapter, starts, progress=progress)
+    fuse_modules_(model)  # what is trained computes as what is shipped
     if static:
         observe_input_scales_(model, batches, run_batch, progress=progress)
     check_something_trains(model)
@@ -272,7 +273,6 @@ def _attach_converted(model: nn.Module, state: QatState) -> None:
 def _detach(model: nn.Module, before: dict[str, Any], ties: dict[str, str]) -> None:
     state = _require_state(model)
     state.quantizer.pre_quantized, state.quantizer.prepared_for_qat = False, True
-    unfuse_modules_(model)
     keep_packed_from_ddp_(model)  # nothing is packed now
     if not isinstance(model, PreTrainedModel):
         del model.hf_quantizer

@@ -120,32 +120,25 @@ def _with_short_cut(name: str, bits: int) -> Callable[..., Tensor]:
 
 
 class ShortCut:
-    """The native op for a layer whose packed tensors fit each other, as those of every packed module do.
+    """The native op for the packed tensors of a module, which fit each other; it raises ``RuntimeError`` at others.
 
     Attributes:
         op: The native op; the arguments of this page, all of them, by position.
     """
 
-    def __init__(self, name: str, *, bits: int) -> None:
-        """Takes the op ``name``, which is defined, on codes of ``bits``."""
+    def __init__(self, name: str) -> None:
+        """Takes the op ``name``, which is defined."""
         self.op: Any = getattr(torch.ops.hfquant, f"{name}_cpu").default
-        self._width = 32 // bits
 
-    def takes(self, x: Tensor, weight: Tensor | None, weight_scale: Tensor | None, bias: Tensor | None) -> bool:
-        """Whether the op computes ``x [..., K]``: not where gradients, autocast or a compiler have to see more."""
-        if weight is None or weight_scale is None or not (x.is_cpu and weight.is_cpu) or torch.compiler.is_compiling():
-            return False
-        inputs, groups = x.size(-1), weight_scale.size(-1)
+    def takes(self, x: Tensor, bias: Tensor | None) -> bool:
+        """Whether the op may compute ``x [..., K]``: not where gradients, autocast or a compiler have to see more."""
         return (
-            native.is_active()
+            x.is_cpu
+            and native.is_active()
             and x.dtype in native.FLOATS
-            and 0 < inputs <= native.MAX_IN_FEATURES
-            and (groups == 1 or inputs % (groups * self._width) == 0)
             and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+            and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
-            and (bias is None or bias.dtype in native.FLOATS)
-            and weight.is_contiguous()
-            and weight_scale.is_contiguous()
         )
 
 

@@ -1,7 +1,7 @@
 """The native CPU kernels: one shared library with a table of functions for each instruction set.
 
-``HFQUANT_KERNELS`` forces an instruction set (``avx512bf16``, ``avx512``, ``avxvnni``, ``avx2``, ``scalar``) or ``reference``, plain
-torch. Without a built library everything runs in plain torch, after one warning.
+``HFQUANT_KERNELS`` forces an instruction set (``avx512bf16``, ``avx512``, ``avxvnni``, ``avx2``, ``scalar``) or
+``reference``, plain torch. Without a built library everything runs in plain torch, after one warning.
 """
 
 import ctypes

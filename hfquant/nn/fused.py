@@ -1,4 +1,4 @@
-"""Fewer and larger operations between the packed layers of a model on a CPU: norms, gated activations, rotary embedding.
+"""Fewer and larger operations between the packed layers of a model on a CPU: norms, gates, rotary embedding.
 
 A token of a small model spends more time on those than on its weights. A module takes part if, tried on random values,
 it computes the formula of an op of ours; names do not matter. Where the native kernels do not run (another device,
@@ -8,8 +8,8 @@ autocast, a compiler), the module computes what it did before.
 import copy
 import functools
 import inspect
-from collections.abc import Callable
-from types import FunctionType
+from collections.abc import Callable, Mapping
+from types import FunctionType, MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -71,7 +71,7 @@ class FusedGatedMLP(Fused):
 
 
 def fuse_modules_(model: nn.Module) -> None:
-    """Let norms, gated activations and rotary embeddings of ``model`` run as one op each; undone by ``unfuse_modules_``."""
+    """Let norms, gates and rotary embeddings of ``model`` run as one op each; ``unfuse_modules_`` undoes it."""
     if not native.is_active():
         return
     with torch.random.fork_rng(devices=[]):
@@ -83,7 +83,7 @@ def fuse_modules_(model: nn.Module) -> None:
                 settings = settings_of(module)
                 if settings is not None:
                     module.__dict__[SETTINGS] = settings
-                    module.__class__ = _fused_class(kind, type(module))
+                    _set_class(module, _fused_class(kind, type(module)))
                     break
             _fuse_rotary(type(module))
 
@@ -93,13 +93,25 @@ def unfuse_modules_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Fused):
             del module.__dict__[SETTINGS]
-            module.__class__ = module.float_class  # type: ignore[assignment]
+            _set_class(module, module.float_class)
 
 
-@functools.cache
+def _set_class(module: nn.Module, new: type[nn.Module]) -> None:
+    """Another class for ``module``; hooks of Accelerate, which keep the forward they found, call the new one."""
+    kept = module.__dict__.get("_old_forward")
+    if getattr(kept, "__func__", None) is type(module).forward:
+        module.__dict__["_old_forward"] = MethodType(new.forward, module)
+    module.__class__ = new
+
+
+_CLASSES: dict[tuple[type[Fused], type[nn.Module]], type[nn.Module]] = {}
+
+
 def _fused_class(kind: type[Fused], float_class: type[nn.Module]) -> type[nn.Module]:
-    names = {"float_class": float_class, "__module__": float_class.__module__, "__doc__": float_class.__doc__}
-    return type(float_class.__name__, (kind, float_class), names)
+    if (kind, float_class) not in _CLASSES:
+        names = {"float_class": float_class, "__module__": float_class.__module__, "__doc__": float_class.__doc__}
+        _CLASSES[kind, float_class] = type(float_class.__name__, (kind, float_class), names)
+    return _CLASSES[kind, float_class]
 
 
 def _new_fused(kind: type[Fused], float_class: type[nn.Module]) -> nn.Module:
@@ -118,7 +130,7 @@ def _runs(x: Tensor) -> bool:
     )
 
 
-def _stand_in(module: nn.Module, parameters: dict[str, Tensor], modules: dict[str, nn.Module]) -> nn.Module:
+def _stand_in(module: nn.Module, parameters: dict[str, Tensor], modules: Mapping[str, nn.Module]) -> nn.Module:
     """``module`` with other parameters and children, without hooks: to try its forward on."""
     other = object.__new__(type(module))
     other.__dict__ = copy.copy(module.__dict__)
@@ -129,13 +141,13 @@ def _stand_in(module: nn.Module, parameters: dict[str, Tensor], modules: dict[st
 
 
 def _try(module: nn.Module, x: Tensor) -> Tensor | None:
-    """What ``module.forward`` makes of ``x``, in training or not; ``None`` if that differs or it wants something else."""
+    """What ``module.forward`` makes of ``x``; ``None`` if it wants more, or if training makes a difference."""
     found = []
     for module.training in (True, False):
         try:
             with torch.no_grad():
                 found.append(module.forward(x))
-        except Exception:  # noqa: BLE001 - whatever it needs that is not there, it is not what we look for
+        except Exception:  # whatever it needs that is not there, it is not what we look for
             return None
     first, second = found
     known = isinstance(first, Tensor) and first.shape == x.shape and first.dtype == x.dtype
@@ -171,7 +183,7 @@ def _rounds_first(module: nn.Module, eps: float, unit_offset: bool, factors: Ten
 
 def _gated_settings(module: nn.Module) -> int | None:
     """Index into ``GATES`` if ``module`` is ``down(act(gate(x)) * up(x))``."""
-    if module._parameters or not all(isinstance(module._modules.get(name), nn.Linear) for name in PROJECTIONS):
+    if module._parameters or not all(module._modules.get(name) is not None for name in PROJECTIONS):
         return None
     size, inner = 6, 10
     shapes = ((size, inner), (size, inner), (inner, size))
@@ -205,7 +217,7 @@ def _is_rotary(function: Callable[..., Any]) -> bool:
         cos, sin = cos.squeeze(1), sin.squeeze(1)
         try:
             found = function(q, k, cos, sin)
-        except Exception:  # noqa: BLE001 - it takes other arguments
+        except Exception:  # it takes other arguments
             return False
         expected = rotary_reference(q, k, cos, sin)
         if not isinstance(found, tuple) or len(found) != len(expected) or not all(map(torch.equal, found, expected)):

@@ -13,7 +13,7 @@ from hfquant.nn.packed_module import FloatWeight, PackedModule, autocast_input
 LINEAR_OPS: dict[int, Callable[..., Tensor]] = {4: int4_linear, 8: int8_linear}
 """The linear op for each number of bits."""
 
-SHORT_CUTS = {4: ShortCut("int4_linear", bits=4), 8: ShortCut("int8_linear", bits=8)}
+SHORT_CUTS = {4: ShortCut("int4_linear"), 8: ShortCut("int8_linear")}
 """The same op without checks that a packed module has made already."""
 
 SAME_FORMULA = ("FalconLinear",)
@@ -57,19 +57,14 @@ class QuantLinear(PackedModule, nn.Linear):
             self.input_observer is None
             and "bias" in self._parameters  # not so where it is parametrized
             and x.size(-1) == self.float_weights["weight"].shape[1]
-            and short_cut.takes(x, get("weight"), get("weight_scale"), get("bias"))
+            and short_cut.takes(x, get("bias"))
         ):
             dynamic = activation is not None and activation.dynamic
-            out: Tensor = short_cut.op(
-                x,
-                get("weight"),
-                get("weight_scale"),
-                get("weight_zero_point"),
-                get("input_scale"),
-                get("bias"),
-                dynamic,
-                dynamic and not activation.symmetric,  # type: ignore[union-attr]
-            )
-            return out
+            arguments = (get("weight"), get("weight_scale"), get("weight_zero_point"), get("input_scale"), get("bias"))
+            try:
+                out: Tensor = short_cut.op(x, *arguments, dynamic, dynamic and not activation.symmetric)  # type: ignore[union-attr]
+                return out
+            except RuntimeError:  # layouts and groups that the kernels do not take
+                pass
         x = autocast_input(x)
         return LINEAR_OPS[self.scheme.weight.bits](x, *self.packed(), bias=self.bias, **self.activation_arguments(x))

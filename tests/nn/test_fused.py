@@ -30,7 +30,8 @@ def fused(model: nn.Module) -> list[str]:
 
 
 def quantized(name: str = "llama", **options: object) -> nn.Module:
-    return quantize_model_ptq(build(name), progress=False, **{"quantization_bits": 8, "quantization_type": "weight_only"} | options).eval()
+    defaults = {"quantization_bits": 8, "quantization_type": "weight_only", "progress": False}
+    return quantize_model_ptq(build(name), **defaults | options).eval()
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -55,7 +56,11 @@ def test_fused_models_compute_the_same(name: str, dtype: torch.dtype) -> None:
 def test_what_is_fused_in_a_llama() -> None:
     model = quantized()
     assert fused(model) == [
-        *(f"model.layers.{i}.{part}" for i in (0, 1) for part in ("mlp", "input_layernorm", "post_attention_layernorm")),
+        *(
+            f"model.layers.{i}.{part}"
+            for i in (0, 1)
+            for part in ("mlp", "input_layernorm", "post_attention_layernorm")
+        ),
         "model.norm",
     ]
     norm, mlp = model.model.norm, model.model.layers[0].mlp
@@ -103,10 +108,22 @@ def test_it_is_undone_with_the_quantization() -> None:
     for (name, module), other in zip(model.named_modules(), plain.modules(), strict=True):
         assert type(module) is type(other), name
         assert SETTINGS not in vars(module), name
-    training = prepare_model_qat(build("llama"), quantization_bits=4, progress=False)
-    with converted_model(training):
-        assert fused(training)
-    assert not fused(training)
+
+
+@pytest.mark.parametrize("kind", ["weight_only", "dynamic"])
+def test_what_trains_computes_what_is_shipped(kind: str) -> None:
+    model = prepare_model_qat(build("llama"), quantization_bits=8, quantization_type=kind, progress=False)
+    names = fused(model)
+    assert len(names) == 7
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "norm" in name)
+    model.eval()
+    with native.selected("reference"):
+        trained = logits(model)
+        with converted_model(model):
+            assert fused(model) == names
+            assert torch.equal(logits(model), trained)
+    assert fused(model) == names
 
 
 def test_copies_and_pickles() -> None:

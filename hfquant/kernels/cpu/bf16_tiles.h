@@ -3,8 +3,6 @@
 
 namespace {
 
-constexpr int TILE = 12;  // as in tiles.h
-
 // Two codes of each of 16 rows, in the low bits of 16, less their zero points, as bfloat16.
 template <int BITS>
 INLINE __m512i bf16_of_codes(__m512i codes, __m512i zeros) {
@@ -105,12 +103,15 @@ void bf16_tiles(const Weight& w, const Bf16Rows& x, const Output& out, int64_t b
   for (int64_t t = first; t < last; t++) {
     next.fetch(t - first);
     const uint16_t* tile = x.pairs + t * panel_depth(w) * TILE;
-    if (w.groups == 1) {
-      bf16_tile<TILE>(w, panel, tile, 0, values);
-    } else {
-      bf16_tile<TILE / 2>(w, panel, tile, 0, values);
-      bf16_tile<TILE / 2>(w, panel, tile, TILE / 2, values);
-    }
+    const int64_t left = x.rows - t * TILE;
+    if (w.groups == 1)
+      with_rows<TILE>(left, [&](auto rows) __attribute__((always_inline)) {
+        bf16_tile<rows()>(w, panel, tile, 0, values);
+      });
+    for (int half = 0; w.groups > 1 && half < 2 && left > half * HALF; half++)
+      with_rows<HALF>(left - half * HALF, [&](auto rows) __attribute__((always_inline)) {
+        bf16_tile<rows()>(w, panel, tile, half * HALF, values);
+      });
     for (int m = 0; m < TILE && t * TILE + m < x.rows; m++) store_row(out, t * TILE + m, start, count, values + m * BLOCK);
   }
 }

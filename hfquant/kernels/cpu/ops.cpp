@@ -167,6 +167,8 @@ void linear(StableIValue* stack, uint64_t, uint64_t) {
   const Rows rows(x);
   const Weight w = weight_of(codes, scale, zero, BITS, rows.length);
   require(codes.dim() == 2, "the weight of a linear layer has two dimensions");
+  require(w.in_features > 0 && w.in_features <= 1 << 16 && (w.groups == 1 || w.in_features / w.groups % (32 / BITS) == 0),
+          "rows of this length or groups of this size are not for the native kernels");
   int64_t sizes[16];
   require(x.dim() <= 16, "more than 16 dimensions");
   std::copy(x.sizes(), x.sizes() + x.dim(), sizes);

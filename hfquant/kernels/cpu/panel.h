@@ -2,6 +2,24 @@
 
 namespace {
 
+constexpr int TILE = V::REGISTERS == 32 ? 12 : 4, HALF = TILE / 2;  // TILE x 2 accumulators, 2 vectors of weights, 1 of activations
+
+template <int N>
+struct Count {
+  constexpr int operator()() const { return N; }
+};
+
+// Calls `work` with how many of MOST rows to compute, as a type: the last tile is often short of rows.
+template <int MOST, class Work>
+INLINE void with_rows(int64_t rows, const Work& work) {
+  if (MOST > 4 && rows <= MOST / 3)
+    work(Count<(MOST > 4 ? MOST / 3 : MOST)>());
+  else if (MOST > 4 && rows <= MOST * 2 / 3)
+    work(Count<(MOST > 4 ? MOST * 2 / 3 : MOST)>());
+  else
+    work(Count<MOST>());
+}
+
 // Row `i` of a block; the last one of the weight in place of those that are not there.
 INLINE int64_t row_of_block(const Weight& w, int64_t block, int i) {
   const int64_t row = block * BLOCK + i;

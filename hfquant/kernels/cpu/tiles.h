@@ -2,8 +2,6 @@
 
 namespace {
 
-constexpr int TILE = V::REGISTERS == 32 ? 12 : 4;  // TILE x 2 accumulators, 2 vectors of weights, 1 of activations
-
 // Integer sums of ROWS rows and two vectors of columns over `quads` quads. `sums` start them (ZERO: correct them).
 template <bool ZERO, int ROWS>
 INLINE void multiply(const uint8_t* panel, const int8_t* x, int64_t quads, const int32_t* sums, const int32_t* zero,
@@ -32,41 +30,40 @@ INLINE void multiply(const uint8_t* panel, const int8_t* x, int64_t quads, const
 }
 
 // One scale for the whole row of the weight: a full register tile of integers, scaled once.
-template <bool ZERO>
+template <bool ZERO, int ROWS>
 void tile_of_channels(const uint8_t* panel, const int8_t* x, int64_t quads, const int32_t* sums, const float* scale,
                       const int32_t* zero, const int32_t* x_zeros, const int32_t* code_sums, float* values) {
-  V::I total[TILE][2];
-  multiply<ZERO, TILE>(panel, x, quads, sums, zero, total);
+  V::I total[ROWS][2];
+  multiply<ZERO, ROWS>(panel, x, quads, sums, zero, total);
   if (x_zeros)
 #pragma GCC unroll 12
-    for (int m = 0; m < TILE; m++) {
+    for (int m = 0; m < ROWS; m++) {
       total[m][0] = V::sub(total[m][0], V::mul(V::load(code_sums), V::set(x_zeros[m])));
       total[m][1] = V::sub(total[m][1], V::mul(V::load(code_sums + V::LANES), V::set(x_zeros[m])));
     }
 #pragma GCC unroll 12
-  for (int m = 0; m < TILE; m++) {
+  for (int m = 0; m < ROWS; m++) {
     V::storef(values + m * BLOCK, V::mulf(V::to_float(total[m][0]), V::loadf(scale)));
     V::storef(values + m * BLOCK + V::LANES, V::mulf(V::to_float(total[m][1]), V::loadf(scale + V::LANES)));
   }
 }
 
 // Segments with scales of their own: half a register tile of integers, the other half float sums.
-template <bool ZERO, bool DIGITS, bool SHIFT>
+template <bool ZERO, bool DIGITS, bool SHIFT, int ROWS>
 void tile_of_segments(const Weight& w, const Activations& a, int64_t t, int half, const uint8_t* panel, int column,
                       float* values) {
-  constexpr int ROWS = TILE / 2;
   const int64_t depth = panel_depth(w), quads = depth / 4, segments = segments_of(w, a.planes);
   const int64_t length = segments == 1 ? quads : segment_of(w, a.planes) / 4, sharing = segments / w.groups;
   const float* scales = (const float*)(panel + depth * BLOCK) + column;
   const int32_t* zeros = (const int32_t*)(panel + depth * BLOCK + w.groups * BLOCK * 4) + column;
   const float* sums_of_codes = (const float*)(zeros + w.groups * BLOCK);
-  const float* steps = a.scale + (t * TILE + half * ROWS) * segments;
+  const float* steps = a.scale + (t * TILE + half * HALF) * segments;
   V::F value[ROWS][2];
 #pragma GCC unroll 12
   for (int m = 0; m < ROWS; m++) value[m][0] = value[m][1] = V::zerof();
   for (int p = 0; p < a.planes; p++) {
-    const int8_t* x = a.codes + (t * a.planes + p) * depth * TILE + half * ROWS * 4;
-    const int32_t* sums = a.sums + (t * a.planes + p) * segments * TILE + half * ROWS;
+    const int8_t* x = a.codes + (t * a.planes + p) * depth * TILE + half * HALF * 4;
+    const int32_t* sums = a.sums + (t * a.planes + p) * segments * TILE + half * HALF;
     const float factor = p == 0 ? 1.0f : p == 1 ? 0x1p-8f : 0x1p-16f;
     for (int64_t i = 0, g = 0, share = sharing; i < segments; i++, sums += TILE) {
       const int64_t q = i * length, n = quads - q < length ? quads - q : length;
@@ -77,7 +74,7 @@ void tile_of_segments(const Weight& w, const Activations& a, int64_t t, int half
       for (int m = 0; m < ROWS; m++) {
         V::F f0 = V::to_float(total[m][0]), f1 = V::to_float(total[m][1]);
         if (SHIFT) {
-          const V::F shift = V::setf(float(-a.zeros[t * TILE + half * ROWS + m]));
+          const V::F shift = V::setf(float(-a.zeros[t * TILE + half * HALF + m]));
           f0 = V::fma(shift, V::loadf(sums_of_codes + g * BLOCK), f0);
           f1 = V::fma(shift, V::loadf(sums_of_codes + g * BLOCK + V::LANES), f1);
         }
@@ -94,8 +91,8 @@ void tile_of_segments(const Weight& w, const Activations& a, int64_t t, int half
   }
 #pragma GCC unroll 12
   for (int m = 0; m < ROWS; m++) {
-    V::storef(values + (half * ROWS + m) * BLOCK, value[m][0]);
-    V::storef(values + (half * ROWS + m) * BLOCK + V::LANES, value[m][1]);
+    V::storef(values + (half * HALF + m) * BLOCK, value[m][0]);
+    V::storef(values + (half * HALF + m) * BLOCK + V::LANES, value[m][1]);
   }
 }
 
@@ -124,12 +121,16 @@ void tile_block(const Weight& w, const Activations& a, const Output& out, int64_
     next.fetch(t - first);
     for (int column = 0; column < BLOCK; column += 2 * V::LANES)
       if (!DIGITS && w.groups == 1) {
-        tile_of_channels<ZERO>(panel + column * 4, a.codes + t * depth * TILE, depth / 4, a.sums + t * TILE,
-                               scales + column, zeros + column, SHIFT ? a.zeros + t * TILE : nullptr,
-                               code_sums + column, values + column);
+        with_rows<TILE>(a.rows - t * TILE, [&](auto rows) __attribute__((always_inline)) {
+          tile_of_channels<ZERO, rows()>(panel + column * 4, a.codes + t * depth * TILE, depth / 4, a.sums + t * TILE,
+                                         scales + column, zeros + column, SHIFT ? a.zeros + t * TILE : nullptr,
+                                         code_sums + column, values + column);
+        });
       } else {
-        tile_of_segments<ZERO, DIGITS, SHIFT>(w, a, t, 0, panel, column, values + column);
-        tile_of_segments<ZERO, DIGITS, SHIFT>(w, a, t, 1, panel, column, values + column);
+        for (int half = 0; half < 2 && a.rows > t * TILE + half * HALF; half++)
+          with_rows<HALF>(a.rows - t * TILE - half * HALF, [&](auto rows) __attribute__((always_inline)) {
+            tile_of_segments<ZERO, DIGITS, SHIFT, rows()>(w, a, t, half, panel, column, values + column);
+          });
       }
     for (int m = 0; m < TILE && t * TILE + m < a.rows; m++)
       store_scaled(out, t * TILE + m, start, count, DIGITS ? 1.0f : a.scale[t * TILE + m], values + m * BLOCK);

@@ -1,4 +1,4 @@
-"""Gated activation of a feed-forward layer (Shazeer 2020, https://arxiv.org/abs/2002.05202), without its linear layers."""
+"""Gated activation between the linear layers of a feed-forward block (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
 
 from typing import Any
 

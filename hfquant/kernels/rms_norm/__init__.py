@@ -20,7 +20,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grad_x, grad_weight = rms_norm_backward_reference(grad, *ctx.saved_tensors, ctx.eps, ctx.unit_offset)
+    x, weight = ctx.saved_tensors
+    grad_x, grad_weight = rms_norm_backward_reference(grad, x, weight, ctx.eps, ctx.unit_offset)
     return grad_x, grad_weight, None, None, None
 
 
@@ -40,9 +41,7 @@ register_native("rms_norm", _is_native)
 _NATIVE: Any = torch.ops.hfquant.rms_norm_cpu.default
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, round_first: bool = True
-) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, round_first: bool = True) -> Tensor:
     """``x / sqrt(mean(x ** 2) + eps) * weight``, computed in float32.
 
     Args:
