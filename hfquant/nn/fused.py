@@ -176,7 +176,7 @@ def _rounds_first(module: nn.Module, eps: float, unit_offset: bool, factors: Ten
     found = _try(_stand_in(module, {"weight": factors}, {}), x)
     for round_first in (True, False):
         expected = rms_norm_reference(x, factors, eps, unit_offset, round_first)
-        if found is not None and (found != expected).float().mean() < 0.01:  # noqa: PLR2004 - sums may round otherwise
+        if found is not None and (found != expected).float().mean() < 0.01:
             return round_first
     return None
 
