@@ -20,7 +20,7 @@ from hfquant.kernels.gated_product import GATES, gated_product
 from hfquant.kernels.gated_product.reference import gated_product_reference
 from hfquant.kernels.rms_norm import rms_norm
 from hfquant.kernels.rms_norm.reference import rms_norm_reference
-from hfquant.kernels.rotary import fits_native, rotary
+from hfquant.kernels.rotary import NATIVE, fits_native
 from hfquant.kernels.rotary.reference import rotary_reference
 
 
@@ -231,7 +231,7 @@ def _with_rotary_op(function: Callable[..., Any]) -> Callable[..., Any]:
         trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
         if args or kwargs or torch.compiler.is_compiling() or trains or not fits_native(q, k, cos, sin):
             return function(q, k, cos, sin, *args, **kwargs)
-        return rotary(q, k, cos, sin)
+        return NATIVE(q, k, cos, sin)
 
     setattr(turned, SETTINGS, True)
     return turned

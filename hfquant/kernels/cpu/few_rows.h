@@ -200,6 +200,16 @@ struct Streams {
   }
 };
 
+// Totals of vectors; of four the additions are shared.
+INLINE void totals(const V::I (&v)[4], int32_t* out) { V::totals(v, out); }
+INLINE void totals(const V::F (&v)[4], float* out) { V::totalsf(v, out); }
+INLINE void totals(const V::I (&v)[2], int32_t* out) {
+  for (int i = 0; i < 2; i++) out[i] = V::total(v[i]);
+}
+INLINE void totals(const V::F (&v)[2], float* out) {
+  for (int i = 0; i < 2; i++) out[i] = V::totalf(v[i]);
+}
+
 // Rows m0 .. m0 + M of the activations times rows i .. i + PART of every stream, into `tile [STREAMS, M, PART]`, without
 // bias.
 template <int BITS, int PLANES, int M, Mode MODE, bool SHIFT>
@@ -233,18 +243,23 @@ void few_tile(const Weight& w, const Activations& a, int64_t m0, const Streams& 
         if (MODE == GROUP_ZERO) rows.zeros[r] = unpack_zeros(w, n[r], zeros[r]);
       }
       rows.run(lanes);
-      for (int m = 0; m < M; m++)
+      int32_t sums[R], sums_of_codes[R];
+      float values[R];
+      if (MODE == CHANNEL && SHIFT) totals(rows.weights, sums_of_codes);
+      for (int m = 0; m < M; m++) {
+        MODE == CHANNEL ? totals(rows.total[m], sums) : totals(rows.value[m], values);
         for (int r = 0; r < R; r++) {
           float& out = to[((s + r) * M + m) * Streams::PART];
           if (MODE == CHANNEL) {
             const int64_t zero = zero_point(w, n[r], 0);
-            int64_t sum = V::total(rows.total[m][r]) - zero * *row_sums[m];
-            if (SHIFT) sum -= code_of_zero[m] * (V::total(rows.weights[r]) - zero * w.in_features);
+            int64_t sum = sums[r] - zero * *row_sums[m];
+            if (SHIFT) sum -= code_of_zero[m] * (sums_of_codes[r] - zero * w.in_features);
             out = float(sum) * float_of(uint32_t(w.scale[n[r]]) << 16) * *rows.steps[m];
           } else {
-            out = PLANES == 1 ? V::totalf(rows.value[m][r]) * *rows.steps[m] : V::totalf(rows.value[m][r]);
+            out = PLANES == 1 ? values[r] * *rows.steps[m] : values[r];
           }
         }
+      }
     }
 }
 

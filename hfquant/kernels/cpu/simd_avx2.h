@@ -59,6 +59,12 @@ struct V {
   static INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static INLINE F mulf(F a, F b) { return _mm256_mul_ps(a, b); }
   static INLINE F addf(F a, F b) { return _mm256_add_ps(a, b); }
+  static INLINE void totals(const I (&v)[4], int32_t* out) {
+    for (int i = 0; i < 4; i++) out[i] = total(v[i]);
+  }
+  static INLINE void totalsf(const F (&v)[4], float* out) {
+    for (int i = 0; i < 4; i++) out[i] = totalf(v[i]);
+  }
   static INLINE float totalf(F v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

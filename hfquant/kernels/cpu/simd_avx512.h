@@ -29,6 +29,15 @@ struct V {
   static INLINE I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
   static INLINE I times256(I v) { return _mm512_slli_epi32(v, 8); }
   static INLINE int32_t total(I v) { return _mm512_reduce_add_epi32(v); }
+  // The totals of four vectors.
+  static INLINE void totals(const I (&v)[4], int32_t* out) {
+    const I ab = add(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+    const I cd = add(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+    const I all = add(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    _mm_storeu_si128((__m128i*)out, sums);
+  }
 
   static INLINE F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   static INLINE F setf(float v) { return _mm512_set1_ps(v); }
@@ -39,6 +48,15 @@ struct V {
   static INLINE F mulf(F a, F b) { return _mm512_mul_ps(a, b); }
   static INLINE F addf(F a, F b) { return _mm512_add_ps(a, b); }
   static INLINE float totalf(F v) { return _mm512_reduce_add_ps(v); }
+  static INLINE void totalsf(const F (&v)[4], float* out) {
+    const F ab = addf(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const F cd = addf(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const F all = addf(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  }
 
   // Scale of each lane: lane i takes bfloat16 `p[index[i]]`, with `count` of them in memory.
   static INLINE F scales(const uint16_t* p, int count, const int32_t* index) {

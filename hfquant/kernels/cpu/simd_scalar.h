@@ -62,6 +62,12 @@ struct V {
   static INLINE F fma(F a, F b, F c) LANEWISE(F, a.v[i] * b.v[i] + c.v[i])
   static INLINE F mulf(F a, F b) LANEWISE(F, a.v[i] * b.v[i])
   static INLINE F addf(F a, F b) LANEWISE(F, a.v[i] + b.v[i])
+  static INLINE void totals(const I (&v)[4], int32_t* out) {
+    for (int i = 0; i < 4; i++) out[i] = total(v[i]);
+  }
+  static INLINE void totalsf(const F (&v)[4], float* out) {
+    for (int i = 0; i < 4; i++) out[i] = totalf(v[i]);
+  }
   static INLINE float totalf(F v) { return (v.v[0] + v.v[1]) + (v.v[2] + v.v[3]); }
 
   static INLINE float bfloat(uint16_t bits) {

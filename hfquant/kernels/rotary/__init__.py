@@ -41,7 +41,8 @@ define_op(
 )
 register_native("rotary", fits_native)
 
-_NATIVE: Any = torch.ops.hfquant.rotary_cpu.default
+NATIVE: Any = torch.ops.hfquant.rotary_cpu.default
+"""``rotary`` without its check."""
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,6 +57,6 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     Returns:
         Queries and keys. No gradient.
     """
-    chosen = _NATIVE if fits_native(q, k, cos, sin) else torch.ops.hfquant.rotary
+    chosen = NATIVE if fits_native(q, k, cos, sin) else torch.ops.hfquant.rotary
     turned: tuple[Tensor, Tensor] = chosen(q, k, cos, sin)
     return turned
