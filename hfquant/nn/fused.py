@@ -14,14 +14,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from hfquant.kernels import native
+from hfquant.kernels.gated_mlp import NATIVE as NATIVE_MLP, layout_of
 from hfquant.kernels.gated_product import GATES, gated_product
 from hfquant.kernels.gated_product.reference import gated_product_reference
 from hfquant.kernels.rms_norm import rms_norm
 from hfquant.kernels.rms_norm.reference import rms_norm_reference
-from hfquant.kernels.rotary import NATIVE, fits_native
+from hfquant.kernels.rotary import NATIVE as NATIVE_ROTARY, fits_native
 from hfquant.kernels.rotary.reference import rotary_reference
+from hfquant.nn.quant_linear import QuantLinear
 
 
 SETTINGS = "_hfquant_fused"
@@ -31,6 +34,7 @@ ROTARY = "apply_rotary_pos_emb"
 """Name that the modules of Transformers give their rotary embedding."""
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+LAYER_TENSORS = ("weight", "weight_scale", "weight_zero_point", "input_scale", "bias")
 
 
 FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
@@ -66,8 +70,43 @@ class FusedGatedMLP(Fused):
         """Apply the layer to ``x [..., K]``."""
         if args or kwargs or not _runs(x):
             return self.float_class.forward(self, x, *args, **kwargs)
-        gate, up, down = (self._modules[name] for name in PROJECTIONS)
-        return down(gated_product(gate(x), up(x), self.__dict__[SETTINGS]))  # type: ignore[misc]
+        layers: Any = tuple(map(self._modules.get, PROJECTIONS))
+        kind = self.__dict__[SETTINGS]
+        if not torch.is_grad_enabled() and not _has_any_global_hook() and all(map(_is_bare, layers)):
+            gate, up, down = layers
+            if x.size(-1) == gate.in_features:
+                try:
+                    return NATIVE_MLP(x, *_tensors(gate), *_tensors(up), *_tensors(down), _layouts(layers), kind)
+                except RuntimeError:  # layouts that the kernels do not take
+                    pass
+        gate, up, down = layers
+        return down(gated_product(gate(x), up(x), kind))
+
+
+def _is_bare(layer: nn.Module) -> bool:
+    """Whether calling ``layer`` does nothing but apply the packed weights."""
+    return (
+        type(layer) is QuantLinear
+        and layer.input_observer is None
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and "forward" not in layer.__dict__
+        and "bias" in layer._parameters  # not so where it is parametrized
+    )
+
+
+def _tensors(layer: QuantLinear) -> tuple[Tensor | None, ...]:
+    return tuple(map(layer._parameters.get, LAYER_TENSORS))
+
+
+def _layouts(layers: tuple[QuantLinear, ...]) -> int:
+    layouts = 0
+    for index, layer in enumerate(layers):
+        activation = layer.scheme.activation
+        dynamic = activation is not None and activation.dynamic
+        asymmetric = activation is not None and not activation.symmetric
+        layouts |= layout_of(layer.scheme.weight.bits, dynamic=dynamic, asymmetric=asymmetric) << 8 * index
+    return layouts
 
 
 def fuse_modules_(model: nn.Module) -> None:
@@ -231,7 +270,7 @@ def _with_rotary_op(function: Callable[..., Any]) -> Callable[..., Any]:
         trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
         if args or kwargs or torch.compiler.is_compiling() or trains or not fits_native(q, k, cos, sin):
             return function(q, k, cos, sin, *args, **kwargs)
-        return NATIVE(q, k, cos, sin)
+        return NATIVE_ROTARY(q, k, cos, sin)
 
     setattr(turned, SETTINGS, True)
     return turned

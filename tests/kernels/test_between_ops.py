@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from hfquant.kernels import native
+from hfquant.kernels.gated_mlp import layout_of
 from hfquant.kernels.gated_product import GATES, gated_product
 from hfquant.kernels.gated_product.reference import gated_product_reference
 from hfquant.kernels.rms_norm import rms_norm
 from hfquant.kernels.rms_norm.reference import rms_norm_reference
 from hfquant.kernels.rotary import fits_native, rotary
 from hfquant.kernels.rotary.reference import rotary_reference
-from tests.support.linear_case import DTYPES
+from tests.support.linear_case import DTYPES, OPS, LinearCase
 from tests.support.tolerance import GRADIENT_FACTOR, SAME_VALUES, assert_close
 
 
@@ -120,9 +121,41 @@ def test_gradients_of_gated_products(kind: int) -> None:
     torch.testing.assert_close(ups[0].grad, ups[1].grad)
 
 
+def mlp_arguments(m: int, k: int, inner: int, layouts: list[tuple[int, str]], dtype: torch.dtype) -> list[object]:
+    """Arguments of ``gated_mlp``, the layers of which are quantized as the pairs of bits and kind say."""
+    shapes, arguments, code = [(k, inner), (k, inner), (inner, k)], [torch.randn(m, k).to(dtype)], 0
+    for index, ((bits, kind), (inputs, outputs)) in enumerate(zip(layouts, shapes, strict=True)):
+        case = LinearCase(1, inputs, outputs, bits, None, True, dtype)
+        given = case.arguments(kind)
+        dynamic, asymmetric = bool(given.get("dynamic")), bool(given.get("asymmetric"))
+        arguments += [*case.packed, given.get("input_scale"), case.bias if index else None]
+        code |= layout_of(bits, dynamic=dynamic, asymmetric=asymmetric) << 8 * index
+    return [*arguments, code, index % len(GATES)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gated_mlp_is_its_layers(dtype: torch.dtype) -> None:
+    for m, layouts in product(
+        (1, 5, 13),
+        ([(8, "dynamic-asym")] * 3, [(4, "weight_only"), (8, "static"), (4, "dynamic")], [(8, "weight_only")] * 3),
+    ):
+        x, *rest, layouts_code, kind = mlp_arguments(m, 48, 80, layouts, dtype)
+        found = torch.ops.hfquant.gated_mlp(x, *rest, layouts_code, kind)
+
+        def layer(values: Tensor, index: int, parts: list[object] = rest, layouts: list[object] = layouts) -> Tensor:
+            *packed, scale, bias = parts[index * 5 : index * 5 + 5]
+            bits, how = layouts[index]
+            flags = {"dynamic": how.startswith("dynamic"), "asymmetric": how == "dynamic-asym"}
+            return OPS[bits](values, *packed, input_scale=scale, bias=bias, **flags)
+
+        assert torch.equal(found, layer(gated_product(layer(x, 0), layer(x, 1), kind), 2))
+
+
 def test_the_ops_are_well_formed() -> None:
     x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
     torch.library.opcheck(torch.ops.hfquant.rms_norm.default, (x, weight, 1e-5, False, True))
     torch.library.opcheck(torch.ops.hfquant.gated_product.default, (x, torch.randn(3, 8, requires_grad=True), 1))
     heads = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 3, 8), torch.randn(1, 3, 8), torch.randn(1, 3, 8)
     torch.library.opcheck(torch.ops.hfquant.rotary.default, heads)
+    arguments = mlp_arguments(2, 16, 24, [(8, "dynamic")] * 3, torch.float32)
+    torch.library.opcheck(torch.ops.hfquant.gated_mlp.default, tuple(arguments))

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from itertools import product
 
 import pytest
 import torch
@@ -72,8 +73,8 @@ def test_what_is_fused_in_a_llama() -> None:
 
 
 def test_logits_do_not_depend_on_gradients() -> None:
-    for kind in ("weight_only", "dynamic"):
-        model = quantized(quantization_type=kind)
+    for name, kind in product(("llama", "gemma3"), ("weight_only", "dynamic")):
+        model = quantized(name, quantization_type=kind)
         assert torch.equal(model(input_ids=IDS).logits, logits(model))
 
 

@@ -49,10 +49,7 @@ void rms_norm(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = result.result();
 }
 
-// gated_product_cpu(gate, up, kind) -> Tensor
-void gated_product(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor gate = Tensor::argument(stack[0]), up = Tensor::argument(stack[1]);
-  const Gate kind = Gate(int64_t(stack[2]));
+Tensor gated(const Tensor& gate, const Tensor& up, Gate kind) {
   const Float type = float_type(gate.dtype());
   const int64_t count = gate.numel(), size = size_of(type);
   require(up.dtype() == gate.dtype() && up.numel() == count && gate.contiguous() && up.contiguous(),
@@ -63,7 +60,13 @@ void gated_product(StableIValue* stack, uint64_t, uint64_t) {
   parallel_for(count, 8 << 10, [&](int64_t begin, int64_t end) {
     kernels->gated_row(left + begin * size, right + begin * size, type, end - begin, kind, out + begin * size);
   });
-  stack[0] = result.result();
+  return result;
+}
+
+// gated_product_cpu(gate, up, kind) -> Tensor
+void gated_product(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor gate = Tensor::argument(stack[0]), up = Tensor::argument(stack[1]);
+  stack[0] = gated(gate, up, Gate(int64_t(stack[2]))).result();
 }
 
 // An empty tensor like `x [batch, heads, tokens, size]`, with heads of a token side by side where `x` has them so.

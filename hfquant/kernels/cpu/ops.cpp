@@ -157,30 +157,35 @@ Buffer<float> read_bias(const Tensor& bias, Float type, int64_t count) {
   return out;
 }
 
-// int4_linear_cpu, int8_linear_cpu(x, weight, weight_scale, weight_zero_point?, input_scale?, bias?, dynamic, asymmetric)
-// -> Tensor
-template <int BITS>
-void linear(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor x = Tensor::argument(stack[0]), codes = Tensor::argument(stack[1]), scale = Tensor::argument(stack[2]);
-  const Tensor zero = Tensor::optional(stack[3]), given = Tensor::optional(stack[4]), bias = Tensor::optional(stack[5]);
-  const bool dynamic = stack[6] & 1, asymmetric = stack[7] & 1;
+// The tensors of a linear layer: weight, weight_scale, weight_zero_point?, input_scale?, bias?.
+struct Layer {
+  explicit Layer(StableIValue* stack)
+      : codes(Tensor::argument(stack[0])),
+        scale(Tensor::argument(stack[1])),
+        zero(Tensor::optional(stack[2])),
+        given(Tensor::optional(stack[3])),
+        bias(Tensor::optional(stack[4])) {}
+  Tensor codes, scale, zero, given, bias;
+};
+
+Tensor apply(const Tensor& x, const Layer& layer, int bits, bool dynamic, bool asymmetric) {
   const Rows rows(x);
-  const Weight w = weight_of(codes, scale, zero, BITS, rows.length);
-  require(codes.dim() == 2, "the weight of a linear layer has two dimensions");
-  require(w.in_features > 0 && w.in_features <= 1 << 16 && (w.groups == 1 || w.in_features / w.groups % (32 / BITS) == 0),
+  const Weight w = weight_of(layer.codes, layer.scale, layer.zero, bits, rows.length);
+  require(layer.codes.dim() == 2, "the weight of a linear layer has two dimensions");
+  require(w.in_features > 0 && w.in_features <= 1 << 16 && (w.groups == 1 || w.in_features / w.groups % (32 / bits) == 0),
           "rows of this length or groups of this size are not for the native kernels");
   int64_t sizes[16];
   require(x.dim() <= 16, "more than 16 dimensions");
   std::copy(x.sizes(), x.sizes() + x.dim(), sizes);
   sizes[x.dim() - 1] = w.rows;
   Tensor result = Tensor::empty(x.dim(), sizes, x.dtype());
-  const float input_scale = given ? bfloat(*given.data<uint16_t>()) : 0;
-  const int planes = given || dynamic ? 1 : rows.type() == Float::f32 ? 3 : 2;
+  const float input_scale = layer.given ? bfloat(*layer.given.data<uint16_t>()) : 0;
+  const int planes = layer.given || dynamic ? 1 : rows.type() == Float::f32 ? 3 : 2;
   Buffer<float> bias_values;
-  if (bias) bias_values = read_bias(bias, rows.type(), w.rows);
+  if (layer.bias) bias_values = read_bias(layer.bias, rows.type(), w.rows);
   if (rows.count && w.rows) {
     const Output out{result.data<void>(), rows.type(), bias_values.get(), w.rows};
-    const LinearCall call{rows, w, given ? &input_scale : nullptr, planes, dynamic && !given && asymmetric};
+    const LinearCall call{rows, w, layer.given ? &input_scale : nullptr, planes, dynamic && !layer.given && asymmetric};
     if (rows.count <= kernels->few)
       few_rows(call, out);
     else if (planes > 1 && rows.type() == Float::bf16 && kernels->bf16_tiles)
@@ -188,7 +193,29 @@ void linear(StableIValue* stack, uint64_t, uint64_t) {
     else
       many_rows(call, out);
   }
-  stack[0] = result.result();
+  return result;
+}
+
+// int4_linear_cpu, int8_linear_cpu(x, weight, weight_scale, weight_zero_point?, input_scale?, bias?, dynamic, asymmetric)
+// -> Tensor
+template <int BITS>
+void linear(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor x = Tensor::argument(stack[0]);
+  const Layer layer(stack + 1);
+  stack[0] = apply(x, layer, BITS, stack[6] & 1, stack[7] & 1).result();
+}
+
+// gated_mlp_cpu(x, gate and up and down: five tensors each, layouts, kind) -> Tensor; `layouts` has a byte for each layer:
+// 1 for INT4, 2 for dynamic activations, 4 for asymmetric ones.
+void gated_mlp(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor x = Tensor::argument(stack[0]);
+  const Layer gate(stack + 1), up(stack + 6), down(stack + 11);
+  const auto step = [&](const Tensor& input, const Layer& layer, int index) {
+    const int64_t layout = int64_t(stack[16]) >> 8 * index;
+    return apply(input, layer, layout & 1 ? 4 : 8, layout & 2, layout & 4);
+  };
+  const Tensor left = step(x, gate, 0), right = step(x, up, 1);
+  stack[0] = step(gated(left, right, Gate(int64_t(stack[17]))), down, 2).result();
 }
 
 // dequantize_cpu(weight, weight_scale, weight_zero_point?, bits, in_features, dtype) -> Tensor
@@ -307,6 +334,7 @@ extern "C" __attribute__((visibility("default"))) const char* hfquant_register(v
       {"fake_quantize_backward_cpu", fake_quantize_backward},
       {"rms_norm_cpu", rms_norm},
       {"gated_product_cpu", gated_product},
+      {"gated_mlp_cpu", gated_mlp},
       {"rotary_cpu", rotary},
   };
   for (const auto& [name, function] : ops)
