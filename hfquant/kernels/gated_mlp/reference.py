@@ -17,8 +17,9 @@ def gated_mlp_reference(x: Tensor, *arguments: Any) -> Tensor:
     *tensors, layouts, kind = arguments
 
     def layer(inputs: Tensor, index: int) -> Tensor:
-        layout, parts = layouts >> 8 * index, tensors[index * LAYER : (index + 1) * LAYER]
-        dynamic, asymmetric = bool(layout & 2), bool(layout & 4)
-        return quant_linear_reference(inputs, *parts, dynamic, asymmetric, bits=4 if layout & 1 else 8)
+        layout = layouts >> 8 * index
+        weight, scale, zero, given, bias = tensors[index * LAYER : (index + 1) * LAYER]
+        dynamic, asymmetric, bits = bool(layout & 2), bool(layout & 4), 4 if layout & 1 else 8
+        return quant_linear_reference(inputs, weight, scale, zero, given, bias, dynamic, asymmetric, bits=bits)
 
     return layer(gated_product_reference(layer(x, 0), layer(x, 1), kind), 2)
