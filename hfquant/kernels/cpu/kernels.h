@@ -83,9 +83,8 @@ struct Kernels {
   // Fills codes, sums and the row sum of one row for `few`, from `codes [planes, padded]` in natural order.
   void (*arrange_few)(const Weight&, int planes, const int8_t* natural, int64_t padded, int8_t* codes, int32_t* sums,
                       int32_t* row_sums);
-  // The same for row `row` of a tile.
-  void (*arrange_tile)(const Weight&, int planes, int row, const int8_t* natural, int64_t padded, int8_t* codes,
-                       int32_t* sums);
+  // The same for a tile, from `natural [tile, planes, padded]`, which is changed.
+  void (*arrange_tile)(const Weight&, int planes, int8_t* natural, int64_t padded, int8_t* codes, int32_t* sums);
   void (*few_rows)(const Weight&, const Activations&, const Output&, int64_t first_block, int64_t last_block);
   void (*tiles)(const Weight&, const Activations&, const Output&, int64_t block, int64_t first_tile, int64_t last_tile,
                 const uint8_t* panel);

@@ -92,23 +92,26 @@ void many_rows(const LinearCall& call, const Output& out) {
   auto zeros = buffer<int32_t>(tiles * tile);
   parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
     auto scratch = buffer<float>(2 * call.x.length);
-    auto natural = buffer<int8_t>(call.planes * call.padded());
-    for (int64_t t = begin; t < end; t++)
+    const int64_t row_codes = call.planes * call.padded();
+    auto natural = buffer<int8_t>(tile * row_codes);
+    for (int64_t t = begin; t < end; t++) {
       for (int64_t m = t * tile; m < (t + 1) * tile; m++) {
+        int8_t* to = natural.get() + m % tile * row_codes;
         if (m < rows) {
           float zero = 0;
           const float* x = call.x.read(m, scratch.get());
-          kernels->quantize_row(x, w.in_features, call.planes, segment_of(w, call.planes), call.given, natural.get(),
-                                call.padded(), scale.get() + m * steps, call.asymmetric ? &zero : nullptr);
+          kernels->quantize_row(x, w.in_features, call.planes, segment_of(w, call.planes), call.given, to, call.padded(),
+                                scale.get() + m * steps, call.asymmetric ? &zero : nullptr);
           zeros[m] = int32_t(zero);
         } else {
-          std::memset(natural.get(), 0, call.planes * call.padded());
+          std::memset(to, 0, row_codes);
           std::fill_n(scale.get() + m * steps, steps, 0.0f);
           zeros[m] = 0;
         }
-        kernels->arrange_tile(w, call.planes, int(m % tile), natural.get(), call.padded(), codes.get() + t * tile_codes,
-                              sums.get() + t * tile_sums);
       }
+      kernels->arrange_tile(w, call.planes, natural.get(), call.padded(), codes.get() + t * tile_codes,
+                            sums.get() + t * tile_sums);
+    }
   });
   const Activations a{rows, call.planes, codes.get(), sums.get(), nullptr, scale.get(),
                       call.asymmetric ? zeros.get() : nullptr, nullptr};

@@ -220,32 +220,41 @@ void arrange_few(const Weight& w, int planes, const int8_t* natural, int64_t pad
     }
 }
 
+// Quads [quads, TILE, 4] from rows [TILE] of codes that are `stride` bytes apart.
 template <int TILE>
-void arrange_tile(const Weight& w, int planes, int row, const int8_t* natural, int64_t padded, int8_t* codes,
-                  int32_t* sums) {
+INLINE void transpose_quads(const int8_t* rows, int64_t stride, int64_t quads, int8_t* out) {
+  int64_t q = 0;
+  if (TILE <= V::LANES && V::SHUFFLES) {
+    int64_t index[V::LANES];
+    for (int i = 0; i < V::LANES; i++) index[i] = i < TILE ? i : TILE - 1;
+    V::I word[V::LANES];
+    for (; q + V::LANES <= quads; q += V::LANES) {
+      V::transpose((const uint8_t*)rows + q * 4, stride, index, V::BYTES, word);
+#pragma GCC unroll 16
+      for (int i = 0; i < V::LANES - 1; i++) V::store(out + (q + i) * TILE * 4, word[i]);  // the next one covers what is too much
+      alignas(64) int8_t last[V::BYTES];
+      V::store(last, word[V::LANES - 1]);
+      memcpy(out + (q + V::LANES - 1) * TILE * 4, last, TILE * 4);
+    }
+  }
+  for (; q < quads; q++)
+    for (int row = 0; row < TILE; row++) memcpy(out + (q * TILE + row) * 4, rows + row * stride + q * 4, 4);
+}
+
+template <int TILE>
+void arrange_tile(const Weight& w, int planes, int8_t* natural, int64_t padded, int8_t* codes, int32_t* sums) {
   const int64_t depth = panel_depth(w), length = segment_of(w, planes), segments = segments_of(w, planes);
+  const int32_t factor = w.zero ? 1 : -(1 << (w.bits - 1));
   for (int p = 0; p < planes; p++, natural += padded, codes += depth * TILE, sums += segments * TILE) {
-    int32_t* quads = (int32_t*)codes + row;
-    int8_t split[128];
-    for (int64_t k = 0; k < depth; k += 128) {
-      const int n = depth - k < 128 ? int(depth - k) : 128;
-      const int8_t* source = natural + k;
-      if (w.bits == 4) {  // quads of even codes, then of odd ones, for every 8 codes
-        int8_t even[64], odd[64];
-        split_pairs(natural + k, n / 2, even, odd);
-        for (int i = 0; i < n; i += 8) {
-          memcpy(split + i, even + i / 2, 4);
-          memcpy(split + i + 4, odd + i / 2, 4);
-        }
-        source = split;
+    for (int row = 0; row < TILE; row++) {
+      int8_t* from = natural + row * planes * padded;
+      for (int64_t i = 0; i < segments; i++) {
+        const int64_t left = w.in_features - i * length;
+        sums[i * TILE + row] = factor * sum_of(from + i * length, left < length ? left : length);
       }
-      for (int i = 0; i < n; i += 4) memcpy(quads + (k + i) / 4 * TILE, source + i, 4);
+      for (int64_t k = 0; w.bits == 4 && k < depth; k += V::BYTES) V::store(from + k, V::evens_first(V::load(from + k)));
     }
-    const int32_t factor = w.zero ? 1 : -(1 << (w.bits - 1));
-    for (int64_t i = 0; i < segments; i++) {
-      const int64_t left = w.in_features - i * length;
-      sums[i * TILE + row] = factor * sum_of(natural + i * length, left < length ? left : length);
-    }
+    transpose_quads<TILE>(natural, planes * padded, depth / 4, codes);
   }
 }
 

@@ -24,6 +24,11 @@ struct V {
     return _mm256_set1_epi32(v);
   }
   static INLINE I low(I v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+  // Of every 8 bytes the even ones, then the odd ones.
+  static INLINE I evens_first(I v) {
+    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(order));
+  }
   static INLINE I high(I v) { return low(_mm256_srli_epi16(v, 4)); }
 #ifdef HFQUANT_AVXVNNI
   static INLINE void dot(I& sum, I u8, I s8) {

@@ -21,6 +21,11 @@ struct V {
     return _mm512_set1_epi32(v);
   }
   static INLINE I low(I v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+  // Of every 8 bytes the even ones, then the odd ones.
+  static INLINE I evens_first(I v) {
+    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(order));
+  }
   static INLINE I high(I v) { return low(_mm512_srli_epi16(v, 4)); }
   // Inline assembly: with the intrinsic GCC 12 copies accumulators and spills a register tile (2x slower).
   static INLINE void dot(I& sum, I u8, I s8) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u8), "v"(s8)); }

@@ -37,6 +37,12 @@ struct V {
     return set(v);
   }
   static INLINE I low(I v) LANEWISE(I, v.v[i] & 0x0F0F0F0F)
+  // Of every 8 bytes the even ones, then the odd ones.
+  static INLINE I evens_first(I v) {
+    I out;
+    for (int i = 0; i < BYTES; i++) ((uint8_t*)out.v)[i] = ((const uint8_t*)v.v)[i / 8 * 8 + i % 4 * 2 + i % 8 / 4];
+    return out;
+  }
   static INLINE I high(I v) LANEWISE(I, (v.v[i] >> 4) & 0x0F0F0F0F)
   static INLINE void dot(I& sum, I u8, I s8) {
     uint8_t u[BYTES];
