@@ -15,8 +15,8 @@ from hfquant.formats.native import SAVE_ID_KEY, check_format_version, content_me
 from hfquant.formats.staging import staged_folder
 from hfquant.formats.validate import check_save_id, check_tensors, check_values, expected_tensors
 from hfquant.hf.config import HfQuantConfig
+from hfquant.hf.fuse import fuse_model_
 from hfquant.hf.quantizer import HfQuantQuantizer
-from hfquant.nn.fused import fuse_modules_
 from hfquant.nn.packed_module import PackedModule
 from hfquant.nn.select import packed_class
 from hfquant.nn.swap import keep_packed_from_ddp_, packed_modules, swap_modules_
@@ -83,7 +83,7 @@ def load_quantized(model: Model, save_directory: str | Path) -> Model:
     _tie(model, duplicates)
     model.hf_quantizer = HfQuantQuantizer(config, pre_quantized=True)
     keep_packed_from_ddp_(model)
-    fuse_modules_(model)
+    fuse_model_(model)
     return model
 
 

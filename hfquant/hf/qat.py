@@ -15,11 +15,11 @@ from transformers.utils import logging
 from hfquant.errors import ConfigError
 from hfquant.hf.calibration import calibration_options, read_calibration_data
 from hfquant.hf.config import HfQuantConfig
+from hfquant.hf.fuse import fuse_model_
 from hfquant.hf.quantize import _attach, _check_calibration_data, _check_is_float
 from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.hf.roles import model_roles
 from hfquant.nn.fake_quant_module import SHARED_SUFFIXES, Adapter
-from hfquant.nn.fused import fuse_modules_
 from hfquant.nn.swap import keep_packed_from_ddp_
 from hfquant.numerics.packing import PackedWeight
 from hfquant.ptq.calibrate import run_batch
@@ -130,7 +130,7 @@ def prepare_model_qat(
         options = calibration_options(config, progress=progress)
         starts = start_from_ptq_(model, quantizer.selection, batches, options)
     _swap(model, quantizer, variant, adapter, starts, progress=progress)
-    fuse_modules_(model)  # what is trained computes as what is shipped
+    fuse_model_(model)  # what is trained computes as what is shipped
     if static:
         observe_input_scales_(model, batches, run_batch, progress=progress)
     check_something_trains(model)

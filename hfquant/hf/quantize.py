@@ -20,9 +20,9 @@ from hfquant.hf.bitsandbytes import (
 )
 from hfquant.hf.calibration import calibration_options, default_observer, read_calibration_data
 from hfquant.hf.config import QUANT_METHOD, HfQuantConfig
+from hfquant.hf.fuse import fuse_model_
 from hfquant.hf.quantizer import HfQuantQuantizer
 from hfquant.hf.roles import tie_companions
-from hfquant.nn.fused import fuse_modules_
 from hfquant.nn.select import Selection
 from hfquant.nn.swap import keep_packed_from_ddp_, packed_modules, restore_modules_
 from hfquant.ptq.calibrated import calibrate_
@@ -161,7 +161,7 @@ def _attach(model: nn.Module, quantizer: HfQuantQuantizer, selection: Selection)
     """Leave ``model`` as ``from_pretrained`` leaves a quantized one."""
     model.hf_quantizer = quantizer
     keep_packed_from_ddp_(model)
-    fuse_modules_(model)
+    fuse_model_(model)
     if not isinstance(model, PreTrainedModel):
         return
     model.is_quantized, model.quantization_method = True, QUANT_METHOD

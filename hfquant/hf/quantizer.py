@@ -21,9 +21,9 @@ from hfquant.formats.native import SAVE_ID_KEY, content_metadata
 from hfquant.hf.bitsandbytes import BACKEND, bitsandbytes_quantizer
 from hfquant.hf.checkpoint import check_checkpoint, read_modules
 from hfquant.hf.config import QUANT_METHOD, HfQuantConfig
+from hfquant.hf.fuse import fuse_model_
 from hfquant.hf.peft import install
 from hfquant.hf.roles import model_roles, tie_companions, untie_companions
-from hfquant.nn.fused import fuse_modules_
 from hfquant.nn.packed_module import PackedModule, companion_name
 from hfquant.nn.quant_embedding import QuantEmbedding
 from hfquant.nn.select import ASKED, Selection, has_expert_weights, select_modules, unmatched_patterns
@@ -208,7 +208,7 @@ class HfQuantQuantizer(HfQuantizer):
         self.quantization_config.freeze({n: str(s) for n, s in self.selection.schemes.items()}, version("hfquant"))
         self.pre_quantized = True
         keep_packed_from_ddp_(model)
-        fuse_modules_(model)
+        fuse_model_(model)
         return model
 
     def _restore_unfilled(self, model: PreTrainedModel) -> None:

@@ -24,11 +24,16 @@ from hfquant.kernels.rms_norm import rms_norm
 from hfquant.kernels.rms_norm.reference import rms_norm_reference
 from hfquant.kernels.rotary import NATIVE as NATIVE_ROTARY, fits_native
 from hfquant.kernels.rotary.reference import rotary_reference
+from hfquant.nn.fake_quant_module import FakeQuantModule
+from hfquant.nn.packed_module import PackedModule
 from hfquant.nn.quant_linear import QuantLinear
 
 
 SETTINGS = "_hfquant_fused"
 """Attribute of a fused module with what its op needs."""
+
+ATTENDS = "_hfquant_attends"
+"""Attribute of modules that have packed layers, or layers in training that will be: their attention may be ours."""
 
 ROTARY = "apply_rotary_pos_emb"
 """Name that the modules of Transformers give their rotary embedding."""
@@ -116,6 +121,8 @@ def fuse_modules_(model: nn.Module) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for module in model.modules():
+            if any(isinstance(child, PackedModule | FakeQuantModule) for child in module.children()):
+                module.__dict__[ATTENDS] = True
             if isinstance(module, Fused):
                 continue
             for settings_of, kind in ((_norm_settings, FusedNorm), (_gated_settings, FusedGatedMLP)):
@@ -130,6 +137,7 @@ def fuse_modules_(model: nn.Module) -> None:
 def unfuse_modules_(model: nn.Module) -> None:
     """Give every fused module of ``model`` its own class back."""
     for module in model.modules():
+        module.__dict__.pop(ATTENDS, None)
         if isinstance(module, Fused):
             del module.__dict__[SETTINGS]
             _set_class(module, module.float_class)

@@ -47,15 +47,15 @@ void rms_norm_row(const float* x, Float type, int64_t count, const float* weight
 // e**x to 2e-7 of it; infinity above 88.7. NaN stays.
 INLINE float exponential(float x) {
   const float low = x < -87.0f ? -87.0f : x, clamped = low > 89.0f ? 89.0f : low;
-  const float n = (clamped * 1.44269504f + ROUND) - ROUND;
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts
+  const float n = V::fused(clamped, 1.44269504f, ROUND) - ROUND;
+  const float r = V::fused(n, 2.12194440e-4f, V::fused(n, -0.693359375f, clamped));  // log 2 in two parts
   float p = 1.0f / 5040;
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * (r * r) + r + 1.0f;
+  p = V::fused(p, r, 1.0f / 720);
+  p = V::fused(p, r, 1.0f / 120);
+  p = V::fused(p, r, 1.0f / 24);
+  p = V::fused(p, r, 1.0f / 6);
+  p = V::fused(p, r, 0.5f);
+  p = V::fused(V::fused(p, r, 1.0f), r, 1.0f);
   return p * float_of(uint32_t(int32_t(n) + 127) << 23);
 }
 

@@ -17,6 +17,7 @@ namespace hfquant {
 #include "training_rows.h"
 #include "between_rows.h"
 #include "panel.h"
+#include "attention_rows.h"
 #include "few_rows.h"
 #include "tiles.h"
 

@@ -68,6 +68,28 @@ struct Values {
   int bits;
 };
 
+constexpr int ATTENTION_KEYS = 128;  // keys of attention that are worked on at once
+
+// Heads [batch, heads, tokens, size]; strides are those of the first three dimensions, in values.
+struct Heads {
+  const char* data;
+  int64_t strides[3];
+};
+
+enum class Mask : int { none, chosen, added };
+
+struct Attention {
+  Heads q, k, v;
+  char* out;  // [batch, tokens, heads, value_size]
+  Float type;
+  Mask mask;              // which keys a token sees, or what is added to its scores
+  const void* mask_data;  // [batch, heads, tokens, keys]
+  int64_t mask_strides[3];
+  int64_t heads, key_heads, tokens, keys, size, value_size;
+  float scale;
+  bool causal;  // token t sees keys 0 .. t
+};
+
 struct Kernels {
   const char* name;
   int vector_bytes;  // of one register
@@ -109,6 +131,8 @@ struct Kernels {
   void (*gated_row)(const void* gate, const void* up, Float type, int64_t count, Gate kind, void* out);
   // The rotary embedding of one head; `values` has room for two rows.
   void (*rotate_row)(const float* x, Float type, int64_t count, const float* cos, const float* sin, float* values, void* out);
+  // Attention of rows `first .. last` of a key head; row r is query head r % group of token r / group.
+  void (*attention_rows)(const Attention&, int64_t batch, int64_t key_head, int64_t first, int64_t last, float* scratch);
   // Tiles of bfloat16 activations, multiplied as they are; null where the processor has no such product.
   void (*bf16_tiles)(const Weight&, const Bf16Rows&, const Output&, int64_t block, int64_t first_tile, int64_t last_tile,
                      const uint8_t* panel);
@@ -146,6 +170,13 @@ inline int64_t panel_bytes(const Weight& w) {
 
 // Bytes of a panel of bfloat16 values.
 inline int64_t bf16_panel_bytes(const Weight& w) { return panel_bytes(w) + panel_depth(w) * BLOCK; }
+
+// Floats of scratch memory that attention needs for so many rows.
+inline int64_t attention_scratch(const Attention& a, int64_t rows) {
+  const int64_t width = round_up(a.value_size, 32), padded = round_up(rows, 12);
+  return padded * (round_up(a.size, ATTENTION_KEYS) + width + 2) + ATTENTION_KEYS * (a.size + width + 12) +
+         16 * (a.size + a.value_size) + 256;
+}
 
 extern "C" const Kernels hfquant_scalar;
 #if defined(__x86_64__)

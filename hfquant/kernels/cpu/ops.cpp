@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "attention_ops.h"
 #include "between_ops.h"
 #include "training_ops.h"
 
@@ -339,6 +340,7 @@ extern "C" __attribute__((visibility("default"))) const char* hfquant_register(v
       {"gated_product_cpu", gated_product},
       {"gated_mlp_cpu", gated_mlp},
       {"rotary_cpu", rotary},
+      {"attention_cpu", attention},
   };
   for (const auto& [name, function] : ops)
     if (torch.torch_library_impl(library, name, function, TARGET_TORCH)) return name;

@@ -63,6 +63,7 @@ struct V {
   static INLINE void storef(float* p, F v) { _mm256_storeu_ps(p, v); }
   static INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static INLINE F mulf(F a, F b) { return _mm256_mul_ps(a, b); }
+  static INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
   static INLINE F addf(F a, F b) { return _mm256_add_ps(a, b); }
   static INLINE void totals(const I (&v)[4], int32_t* out) {
     for (int i = 0; i < 4; i++) out[i] = total(v[i]);
@@ -70,6 +71,13 @@ struct V {
   static INLINE void totalsf(const F (&v)[4], float* out) {
     for (int i = 0; i < 4; i++) out[i] = totalf(v[i]);
   }
+  static INLINE F maxf(F a, F b) { return _mm256_max_ps(a, b); }
+  static INLINE float largest(F v) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+  }
+  static INLINE void add_product(F& sum, F a, F b) { __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b)); }
   static INLINE float totalf(F v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

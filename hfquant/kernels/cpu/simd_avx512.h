@@ -51,7 +51,12 @@ struct V {
   static INLINE void storef(float* p, F v) { _mm512_storeu_ps(p, v); }
   static INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static INLINE F mulf(F a, F b) { return _mm512_mul_ps(a, b); }
+  static INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
   static INLINE F addf(F a, F b) { return _mm512_add_ps(a, b); }
+  static INLINE F maxf(F a, F b) { return _mm512_max_ps(a, b); }
+  static INLINE float largest(F v) { return _mm512_reduce_max_ps(v); }
+  // Inline assembly for the same reason as above.
+  static INLINE void add_product(F& sum, F a, F b) { __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
   static INLINE float totalf(F v) { return _mm512_reduce_add_ps(v); }
   static INLINE void totalsf(const F (&v)[4], float* out) {
     const F ab = addf(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));

@@ -67,6 +67,7 @@ struct V {
   static INLINE void storef(float* p, F v) { memcpy(p, v.v, BYTES); }
   static INLINE F fma(F a, F b, F c) LANEWISE(F, a.v[i] * b.v[i] + c.v[i])
   static INLINE F mulf(F a, F b) LANEWISE(F, a.v[i] * b.v[i])
+  static INLINE float fused(float a, float b, float c) { return a * b + c; }
   static INLINE F addf(F a, F b) LANEWISE(F, a.v[i] + b.v[i])
   static INLINE void totals(const I (&v)[4], int32_t* out) {
     for (int i = 0; i < 4; i++) out[i] = total(v[i]);
@@ -74,6 +75,12 @@ struct V {
   static INLINE void totalsf(const F (&v)[4], float* out) {
     for (int i = 0; i < 4; i++) out[i] = totalf(v[i]);
   }
+  static INLINE float largest(F v) {
+    const F pairs = maxf(v, {{v.v[2], v.v[3], v.v[2], v.v[3]}});
+    return pairs.v[0] > pairs.v[1] ? pairs.v[0] : pairs.v[1];
+  }
+  static INLINE F maxf(F a, F b) LANEWISE(F, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
+  static INLINE void add_product(F& sum, F a, F b) { sum = fma(a, b, sum); }
   static INLINE float totalf(F v) { return (v.v[0] + v.v[1]) + (v.v[2] + v.v[3]); }
 
   static INLINE float bfloat(uint16_t bits) {

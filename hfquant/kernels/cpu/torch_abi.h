@@ -32,6 +32,7 @@ using StableIValue = uint64_t;  // an argument or result: a Handle, an integer, 
   F(int32_t, aoti_torch_dtype_float32, ())                                                      \
   F(int32_t, aoti_torch_dtype_bfloat16, ())                                                     \
   F(int32_t, aoti_torch_dtype_float16, ())                                                      \
+  F(int32_t, aoti_torch_dtype_bool, ())                                                         \
   F(int32_t, aoti_torch_dtype_int8, ())                                                         \
   F(int32_t, aoti_torch_dtype_int16, ())                                                        \
   F(int32_t, aoti_torch_dtype_int32, ())                                                        \
