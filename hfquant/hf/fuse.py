@@ -2,9 +2,11 @@
 
 Transformers looks its attention functions up by name. What is registered as ``sdpa`` is wrapped, once a quantized
 model is there: modules marked by ``fuse_modules_`` run on the native kernel where that computes the same, and all
-others as before.
+others as before. Attention modules that, tried on random values, compute what Llama's do, get queries, keys and values
+from one op.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,23 +15,108 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hfquant.kernels import native
 from hfquant.kernels.attention import attention, fits_native
-from hfquant.nn.fused import ATTENDS, fuse_modules_
+from hfquant.kernels.attention.reference import attention_reference
+from hfquant.kernels.rotary.reference import rotary_reference
+from hfquant.kernels.rotated_heads import NATIVE as NATIVE_HEADS
+from hfquant.nn.fused import (
+    ATTENDS,
+    FLOAT,
+    SETTINGS,
+    Fused,
+    close,
+    fuse_modules_,
+    fused_class,
+    packed_arguments,
+    runs,
+    set_class,
+    stand_in,
+)
 
 
 SDPA = "sdpa"
 UNKNOWN = ("position_bias", "cache", "softcap", "output_attentions")
 """Arguments of attention functions that the kernel knows nothing of."""
 
+UNUSED = {"position_ids", "use_cache", "cache_position"}
+"""Arguments that decoder layers give their attention, which Llama's makes no use of."""
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class FusedAttention(Fused):
+    """Attention with rotary embedding, with one op in place of three layers and the embedding."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Apply the layer to ``hidden_states [B, T, K]``."""
+        heads = None
+        known = all(name in UNUSED or value is None or value is False for name, value in kwargs.items())
+        if known and position_embeddings is not None and not self.training and _is_ours(self):
+            heads = self._heads(hidden_states, *position_embeddings)
+        if heads is None:
+            return self.float_class.forward(
+                self,
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        q, k, v = heads
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS[SDPA]
+        out, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.__dict__[SETTINGS][1])
+        output: Any = self._modules["o_proj"]
+        return output(out.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Rotated queries and keys, and values; ``None`` where the op does not compute them."""
+        size, layers = self.__dict__[SETTINGS][0], tuple(map(self._modules.get, PROJECTIONS[:3]))
+        if not (runs(x, traced=True) and x.dim() == cos.dim() == 3 and cos.shape == sin.shape):
+            return None
+        fits = cos.size(0) in (1, x.size(0)) and cos.size(1) == x.size(1) and cos.size(2) == size
+        fits = fits and cos.dtype == sin.dtype == x.dtype and cos.is_contiguous() and sin.is_contiguous()
+        packed = packed_arguments(layers) if fits else None
+        if packed is None or x.size(-1) != layers[0].in_features:  # type: ignore[union-attr]
+            return None
+        *tensors, layouts = packed
+        try:
+            heads: tuple[Tensor, Tensor, Tensor] = NATIVE_HEADS(x, *tensors, cos, sin, layouts, size)
+        except RuntimeError:  # layouts that the kernels do not take
+            return None
+        return heads
+
+
+def _is_ours(module: Any) -> bool:
+    """Whether the attention function that ``module`` would look up is the one that is wrapped here."""
+    return module.config._attn_implementation == SDPA and hasattr(ALL_ATTENTION_FUNCTIONS[SDPA], SETTINGS)
+
 
 def fuse_model_(model: nn.Module) -> None:
     """Let norms, gates, rotary embeddings and attention of ``model`` run as one op each."""
     fuse_modules_(model)
-    known = AttentionInterface()
-    if native.is_active() and known.get(SDPA) is sdpa_attention_forward:
+    if not native.is_active():
+        return
+    if ALL_ATTENTION_FUNCTIONS[SDPA] is sdpa_attention_forward:
         AttentionInterface.register(SDPA, _with_attention_op(sdpa_attention_forward))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for module in model.modules():
+            settings = None if isinstance(module, Fused) else _attention_settings(module)
+            if settings is not None:
+                module.__dict__[SETTINGS] = settings
+                set_class(module, fused_class(FusedAttention, type(module)))
 
 
 def _with_attention_op(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,6 +141,7 @@ def _with_attention_op(function: Callable[..., Any]) -> Callable[..., Any]:
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
 
+    setattr(attention_forward, SETTINGS, True)
     return attention_forward
 
 
@@ -70,3 +158,67 @@ def _runs(
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
+
+
+class _Cache:
+    """A cache with some tokens in it, which keeps what it is given."""
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.past, self.given = (k, v), ()
+
+    def update(self, k: Tensor, v: Tensor, layer_idx: int) -> tuple[Tensor, ...]:
+        self.given += (k, v, layer_idx)  # type: ignore[assignment]
+        return tuple(torch.cat(pair, 2) for pair in zip(self.past, (k, v), strict=True))
+
+
+def _attention_settings(module: nn.Module) -> tuple[int, float] | None:
+    """Size of a head and scale of the scores, if ``module`` is attention as in Llama."""
+    size, scale = module.__dict__.get("head_dim"), module.__dict__.get("scaling")
+    layers: list[Any] = [module._modules.get(name) for name in PROJECTIONS]
+    whole = ATTENDS in module.__dict__ and not module._parameters and hasattr(module, "config")
+    whole = whole and hasattr(module, "layer_idx")
+    if not whole or not all(hasattr(layer, "out_features") for layer in layers):
+        return None
+    if not isinstance(size, int) or not isinstance(scale, float) or not isinstance(module.layer_idx, int):
+        return None
+    sizes = [layer.out_features for layer in layers[:3]]
+    if sizes[1] != sizes[2] or any(width % size for width in sizes) or sizes[0] % sizes[1]:
+        return None
+    inner = 12
+    shapes = [*((inner, width) for width in sizes), (sizes[0], inner)]
+    linears = {name: nn.Linear(*shape, **FLOAT) for name, shape in zip(PROJECTIONS, shapes, strict=True)}
+    other: Any = stand_in(module, {}, linears)
+    other.config, other.training = copy.copy(module.config), False
+    other.config._attn_implementation = SDPA
+    return (size, scale) if all(_attends(other, linears, size, scale, cached=c) for c in (False, True)) else None
+
+
+@torch.no_grad()
+def _attends(module: Any, linears: dict[str, nn.Linear], size: int, scale: float, *, cached: bool) -> bool:
+    """Whether ``module`` computes the formula on random values, whatever it is told about positions."""
+    tokens, past = 5, 3
+    x, cos, sin = torch.randn(2, tokens, 12, **FLOAT), *torch.randn(2, 2, tokens, size, **FLOAT)
+    q, k, v = (linears[name](x).unflatten(-1, (-1, size)).transpose(1, 2) for name in PROJECTIONS[:3])
+    q, k = rotary_reference(q, k, cos, sin)
+    cache = _Cache(*torch.randn(2, 2, k.size(1), past, size, **FLOAT)) if cached else None
+    mask = torch.ones(2, 1, tokens, tokens + past, dtype=torch.bool, device="cpu").tril(past) if cached else None
+    positions = torch.arange(100_000, 100_000 + tokens)
+    try:
+        found = module.forward(
+            hidden_states=x,
+            position_embeddings=(cos, sin),
+            attention_mask=mask,
+            past_key_values=cache,
+            position_ids=positions.expand(2, -1),
+            use_cache=cached,
+            cache_position=positions,
+        )
+    except Exception:  # whatever it needs that is not there, it is not what we look for
+        return False
+    if cache is not None:
+        given: Any = cache.given
+        same = len(given) == 3 and close(given[0], k) and close(given[1], v) and given[2] == module.layer_idx
+        k, v = (torch.cat(pair, 2) for pair in zip(cache.past, (k, v), strict=True))
+    out = attention_reference(q, k, v, mask, scale, not cached)
+    known = isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor) and found[1] is None
+    return known and (cache is None or same) and close(found[0], linears["o_proj"](out.flatten(2)))

@@ -145,12 +145,17 @@ class ShortCut:
 def _is_native(
     x: Tensor, weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, bits: int
 ) -> bool:
+    fits = weight_fits_native(weight, weight_scale, zero_point, bias, x.size(-1), bits)
+    return fits and x.is_cpu and x.dtype in native.FLOATS
+
+
+def weight_fits_native(
+    weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, inputs: int, bits: int
+) -> bool:
     """Whether the native kernels take these tensors; groups must fill whole lanes of a vector, 4 bytes of codes."""
-    inputs, groups = x.size(-1), weight_scale.size(-1)
+    groups = weight_scale.size(-1)
     return (
-        x.is_cpu
-        and x.dtype in native.FLOATS
-        and 0 < inputs <= native.MAX_IN_FEATURES
+        0 < inputs <= native.MAX_IN_FEATURES
         and packed_length(inputs, bits) == weight.size(-1)
         and (groups == 1 or inputs % (groups * 32 // bits) == 0)
         and weight.is_contiguous()

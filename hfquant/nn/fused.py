@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from hfquant.kernels import native
-from hfquant.kernels.gated_mlp import NATIVE as NATIVE_MLP, layout_of
+from hfquant.kernels.gated_mlp import NATIVE as NATIVE_MLP
 from hfquant.kernels.gated_product import GATES, gated_product
 from hfquant.kernels.gated_product.reference import gated_product_reference
+from hfquant.kernels.layers import layout_of
+from hfquant.kernels.linear_op import weight_fits_native
 from hfquant.kernels.rms_norm import rms_norm
 from hfquant.kernels.rms_norm.reference import rms_norm_reference
 from hfquant.kernels.rotary import NATIVE as NATIVE_ROTARY, fits_native
@@ -62,7 +64,7 @@ class FusedNorm(Fused):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Normalize ``x [..., K]``."""
         weight = self._parameters["weight"]
-        if args or kwargs or weight is None or not _runs(x) or weight.dtype != x.dtype or not weight.is_contiguous():
+        if args or kwargs or weight is None or not runs(x) or weight.dtype != x.dtype or not weight.is_contiguous():
             return self.float_class.forward(self, x, *args, **kwargs)
         eps, unit_offset, round_first = self.__dict__[SETTINGS]
         return rms_norm(x, weight, eps, unit_offset=unit_offset, round_first=round_first)
@@ -73,19 +75,36 @@ class FusedGatedMLP(Fused):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Apply the layer to ``x [..., K]``."""
-        if args or kwargs or not _runs(x):
+        if args or kwargs or not runs(x, traced=True):
             return self.float_class.forward(self, x, *args, **kwargs)
         layers: Any = tuple(map(self._modules.get, PROJECTIONS))
-        kind = self.__dict__[SETTINGS]
-        if not torch.is_grad_enabled() and not _has_any_global_hook() and all(map(_is_bare, layers)):
-            gate, up, down = layers
-            if x.size(-1) == gate.in_features:
-                try:
-                    return NATIVE_MLP(x, *_tensors(gate), *_tensors(up), *_tensors(down), _layouts(layers), kind)
-                except RuntimeError:  # layouts that the kernels do not take
-                    pass
+        kind, packed = self.__dict__[SETTINGS], packed_arguments(layers)
+        if packed is not None and x.size(-1) == layers[0].in_features:
+            try:
+                return NATIVE_MLP(x, *packed, kind)
+            except RuntimeError:  # layouts that the kernels do not take
+                pass
+        if torch.compiler.is_compiling():
+            return self.float_class.forward(self, x)
         gate, up, down = layers
         return down(gated_product(gate(x), up(x), kind))
+
+
+def packed_arguments(layers: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The tensors of packed layers and their layouts; ``None`` if calling them does more than apply them."""
+    if torch.is_grad_enabled() or _has_any_global_hook() or not all(map(_is_bare, layers)):
+        return None
+    if torch.compiler.is_compiling() and not all(map(_fits_native, layers)):
+        return None  # a compiled op cannot be tried
+    tensors: list[Tensor | None] = []
+    layouts = 0
+    for index, layer in enumerate(layers):
+        tensors += map(layer._parameters.get, LAYER_TENSORS)
+        activation = layer.scheme.activation
+        dynamic = activation is not None and activation.dynamic
+        asymmetric = activation is not None and not activation.symmetric
+        layouts |= layout_of(layer.scheme.weight.bits, dynamic=dynamic, asymmetric=asymmetric) << 8 * index
+    return *tensors, layouts
 
 
 def _is_bare(layer: nn.Module) -> bool:
@@ -100,18 +119,10 @@ def _is_bare(layer: nn.Module) -> bool:
     )
 
 
-def _tensors(layer: QuantLinear) -> tuple[Tensor | None, ...]:
-    return tuple(map(layer._parameters.get, LAYER_TENSORS))
-
-
-def _layouts(layers: tuple[QuantLinear, ...]) -> int:
-    layouts = 0
-    for index, layer in enumerate(layers):
-        activation = layer.scheme.activation
-        dynamic = activation is not None and activation.dynamic
-        asymmetric = activation is not None and not activation.symmetric
-        layouts |= layout_of(layer.scheme.weight.bits, dynamic=dynamic, asymmetric=asymmetric) << 8 * index
-    return layouts
+def _fits_native(layer: QuantLinear) -> bool:
+    weight, scale, zero_point, _, bias = map(layer._parameters.get, LAYER_TENSORS)
+    bits = layer.scheme.weight.bits
+    return weight_fits_native(weight, scale, zero_point, bias, layer.in_features, bits)  # type: ignore[arg-type]
 
 
 def fuse_modules_(model: nn.Module) -> None:
@@ -129,7 +140,7 @@ def fuse_modules_(model: nn.Module) -> None:
                 settings = settings_of(module)
                 if settings is not None:
                     module.__dict__[SETTINGS] = settings
-                    _set_class(module, _fused_class(kind, type(module)))
+                    set_class(module, fused_class(kind, type(module)))
                     break
             _fuse_rotary(type(module))
 
@@ -140,10 +151,10 @@ def unfuse_modules_(model: nn.Module) -> None:
         module.__dict__.pop(ATTENDS, None)
         if isinstance(module, Fused):
             del module.__dict__[SETTINGS]
-            _set_class(module, module.float_class)
+            set_class(module, module.float_class)
 
 
-def _set_class(module: nn.Module, new: type[nn.Module]) -> None:
+def set_class(module: nn.Module, new: type[nn.Module]) -> None:
     """Another class for ``module``; hooks of Accelerate, which keep the forward they found, call the new one."""
     kept = module.__dict__.get("_old_forward")
     if getattr(kept, "__func__", None) is type(module).forward:
@@ -154,7 +165,8 @@ def _set_class(module: nn.Module, new: type[nn.Module]) -> None:
 _CLASSES: dict[tuple[type[Fused], type[nn.Module]], type[nn.Module]] = {}
 
 
-def _fused_class(kind: type[Fused], float_class: type[nn.Module]) -> type[nn.Module]:
+def fused_class(kind: type[Fused], float_class: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``kind`` and ``float_class``, made once."""
     if (kind, float_class) not in _CLASSES:
         names = {"float_class": float_class, "__module__": float_class.__module__, "__doc__": float_class.__doc__}
         _CLASSES[kind, float_class] = type(float_class.__name__, (kind, float_class), names)
@@ -162,22 +174,22 @@ def _fused_class(kind: type[Fused], float_class: type[nn.Module]) -> type[nn.Mod
 
 
 def _new_fused(kind: type[Fused], float_class: type[nn.Module]) -> nn.Module:
-    return object.__new__(_fused_class(kind, float_class))
+    return object.__new__(fused_class(kind, float_class))
 
 
-def _runs(x: Tensor) -> bool:
-    """Whether the native kernels may stand in for operations on ``x``."""
+def runs(x: Tensor, *, traced: bool = False) -> bool:
+    """Whether the native kernels may stand in for operations on ``x``; with ``traced``, in compiled models too."""
     return (
         isinstance(x, Tensor)
         and native.is_active()
         and x.is_cpu
         and x.dtype in native.FLOATS
-        and not torch.compiler.is_compiling()
+        and not (torch.compiler.is_exporting() if traced else torch.compiler.is_compiling())
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-def _stand_in(module: nn.Module, parameters: dict[str, Tensor], modules: Mapping[str, nn.Module]) -> nn.Module:
+def stand_in(module: nn.Module, parameters: dict[str, Tensor], modules: Mapping[str, nn.Module]) -> nn.Module:
     """``module`` with other parameters and children, without hooks: to try its forward on."""
     other = object.__new__(type(module))
     other.__dict__ = copy.copy(module.__dict__)
@@ -209,9 +221,9 @@ def _norm_settings(module: nn.Module) -> tuple[float, bool, bool] | None:
         return None
     factors = torch.rand(len(weight), **FLOAT) + 0.5
     x = torch.randn(4, len(weight), **FLOAT) * torch.tensor([[1e-3], [1.0], [30.0], [1e-2]], **FLOAT)
-    found = _try(_stand_in(module, {"weight": factors}, {}), x)
+    found = _try(stand_in(module, {"weight": factors}, {}), x)
     for unit_offset in (False, True):
-        if found is not None and _close(found, rms_norm_reference(x, factors, eps, unit_offset, True)):
+        if found is not None and close(found, rms_norm_reference(x, factors, eps, unit_offset, True)):
             round_first = _rounds_first(module, eps, unit_offset, factors, x)
             return None if round_first is None else (eps, unit_offset, round_first)
     return None
@@ -220,7 +232,7 @@ def _norm_settings(module: nn.Module) -> tuple[float, bool, bool] | None:
 def _rounds_first(module: nn.Module, eps: float, unit_offset: bool, factors: Tensor, x: Tensor) -> bool | None:
     """Whether ``module`` rounds to bfloat16 before it multiplies by its weight; ``None`` if it does neither."""
     factors, x = factors.bfloat16(), x.bfloat16()
-    found = _try(_stand_in(module, {"weight": factors}, {}), x)
+    found = _try(stand_in(module, {"weight": factors}, {}), x)
     for round_first in (True, False):
         expected = rms_norm_reference(x, factors, eps, unit_offset, round_first)
         if found is not None and (found != expected).float().mean() < 0.01:
@@ -236,16 +248,17 @@ def _gated_settings(module: nn.Module) -> int | None:
     shapes = ((size, inner), (size, inner), (inner, size))
     layers = {name: nn.Linear(*shape, **FLOAT) for name, shape in zip(PROJECTIONS, shapes, strict=True)}
     x = torch.randn(5, size, **FLOAT) * 3
-    found = _try(_stand_in(module, {}, layers), x)
+    found = _try(stand_in(module, {}, layers), x)
     gate, up, down = layers.values()
     with torch.no_grad():
         for kind in range(len(GATES)):
-            if found is not None and _close(found, down(gated_product_reference(gate(x), up(x), kind))):
+            if found is not None and close(found, down(gated_product_reference(gate(x), up(x), kind))):
                 return kind
     return None
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Whether float32 results are the same but for rounding."""
     return torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 

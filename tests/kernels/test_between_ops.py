@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from hfquant.kernels import native
-from hfquant.kernels.gated_mlp import layout_of
 from hfquant.kernels.gated_product import GATES, gated_product
 from hfquant.kernels.gated_product.reference import gated_product_reference
+from hfquant.kernels.layers import layout_of
 from hfquant.kernels.rms_norm import rms_norm
 from hfquant.kernels.rms_norm.reference import rms_norm_reference
 from hfquant.kernels.rotary import fits_native, rotary

@@ -60,7 +60,7 @@ def test_what_is_fused_in_a_llama() -> None:
         *(
             f"model.layers.{i}.{part}"
             for i in (0, 1)
-            for part in ("mlp", "input_layernorm", "post_attention_layernorm")
+            for part in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
         ),
         "model.norm",
     ]

@@ -78,10 +78,8 @@ Tensor empty_heads(const Tensor& x) {
   return Tensor::empty_strided(4, sizes, strides, x.dtype());
 }
 
-// rotary_cpu(q, k, cos, sin) -> (Tensor, Tensor)
-void rotary(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor q = Tensor::argument(stack[0]), k = Tensor::argument(stack[1]);
-  const Tensor cos = Tensor::argument(stack[2]), sin = Tensor::argument(stack[3]);
+// Turns queries and keys into `results`, which may be their own.
+void rotate(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, const Tensor* results) {
   require(q.dim() == 4 && k.dim() == 4 && cos.dim() == 3 && sin.dim() == 3, "heads have four dimensions, angles three");
   const int64_t batch = q.sizes()[0], tokens = q.sizes()[2], size = q.sizes()[3];
   const Float type = float_type(q.dtype());
@@ -93,7 +91,6 @@ void rotary(StableIValue* stack, uint64_t, uint64_t) {
   require(k.sizes()[0] == batch && k.sizes()[2] == tokens && k.sizes()[3] == size && k.dtype() == q.dtype() &&
               size % 2 == 0 && q.strides()[3] == 1 && k.strides()[3] == 1,
           "queries and keys do not fit");
-  Tensor results[2] = {empty_heads(q), empty_heads(k)};
   const int64_t bytes = size_of(type), heads = q.sizes()[1] + k.sizes()[1];
   each_row(batch * tokens, heads * size, [&](int64_t i) {
     Scratch scratch;
@@ -111,6 +108,15 @@ void rotary(StableIValue* stack, uint64_t, uint64_t) {
       }
     }
   });
+}
+
+// rotary_cpu(q, k, cos, sin) -> (Tensor, Tensor)
+void rotary(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor q = Tensor::argument(stack[0]), k = Tensor::argument(stack[1]);
+  const Tensor cos = Tensor::argument(stack[2]), sin = Tensor::argument(stack[3]);
+  require(q.dim() == 4 && k.dim() == 4, "heads have four dimensions");
+  Tensor results[2] = {empty_heads(q), empty_heads(k)};
+  rotate(q, k, cos, sin, results);
   stack[0] = results[0].result();
   stack[1] = results[1].result();
 }

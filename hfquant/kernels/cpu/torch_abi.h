@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace hfquant {
 
@@ -76,6 +77,10 @@ class Tensor {
   Tensor(Tensor&& other) noexcept : handle_(other.release()) {}
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
+  Tensor& operator=(Tensor&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
   ~Tensor() {
     if (handle_) torch.aoti_torch_delete_tensor_object(handle_);
   }
