@@ -167,6 +167,7 @@ class _Cache:
         self.past, self.given = (k, v), ()
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int) -> tuple[Tensor, ...]:
+        """All tokens of a layer."""
         self.given += (k, v, layer_idx)  # type: ignore[assignment]
         return tuple(torch.cat(pair, 2) for pair in zip(self.past, (k, v), strict=True))
 

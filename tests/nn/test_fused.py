@@ -115,7 +115,7 @@ def test_it_is_undone_with_the_quantization() -> None:
 def test_what_trains_computes_what_is_shipped(kind: str) -> None:
     model = prepare_model_qat(build("llama"), quantization_bits=8, quantization_type=kind, progress=False)
     names = fused(model)
-    assert len(names) == 7
+    assert len(names) == 9
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "norm" in name)
     model.eval()
