@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from hfquant.kernels import native
+from hfquant.kernels.activated_linear import NATIVE as NATIVE_ACTIVATED
 from hfquant.kernels.gated_mlp import NATIVE as NATIVE_MLP
 from hfquant.kernels.gated_product import GATES, gated_product
-from hfquant.kernels.gated_product.reference import gated_product_reference
+from hfquant.kernels.gated_product.reference import gate_reference, gated_product_reference
 from hfquant.kernels.layers import layout_of
 from hfquant.kernels.linear_op import weight_fits_native
 from hfquant.kernels.rms_norm import rms_norm
@@ -90,6 +91,32 @@ class FusedGatedMLP(Fused):
         return down(gated_product(gate(x), up(x), kind))
 
 
+class FusedActivation(Fused):
+    """A linear layer with the activation behind it as one op, and perhaps another layer."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Apply the layer to ``x [..., K]``."""
+        if args or kwargs or not runs(x, traced=True):
+            return self.float_class.forward(self, x, *args, **kwargs)
+        kind, *names = self.__dict__[SETTINGS]
+        layer, *others = (self._modules[name] for name in names)
+        out = self._activated(x, layer, kind)
+        if out is None:
+            return self.float_class.forward(self, x)
+        return others[0](out) if others else out  # type: ignore[misc]
+
+    @staticmethod
+    def _activated(x: Tensor, layer: Any, kind: int) -> Tensor | None:
+        packed = packed_arguments((layer,))
+        if packed is not None and x.size(-1) == layer.in_features:
+            try:
+                out: Tensor = NATIVE_ACTIVATED(x, *packed, kind)
+                return out
+            except RuntimeError:  # layouts that the kernels do not take
+                pass
+        return None if torch.compiler.is_compiling() else gated_product(layer(x), None, kind)
+
+
 def packed_arguments(layers: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The tensors of packed layers and their layouts; ``None`` if calling them does more than apply them."""
     if torch.is_grad_enabled() or _has_any_global_hook() or not all(map(_is_bare, layers)):
@@ -136,7 +163,7 @@ def fuse_modules_(model: nn.Module) -> None:
                 module.__dict__[ATTENDS] = True
             if isinstance(module, Fused):
                 continue
-            for settings_of, kind in ((_norm_settings, FusedNorm), (_gated_settings, FusedGatedMLP)):
+            for settings_of, kind in FORMULAS:
                 settings = settings_of(module)
                 if settings is not None:
                     module.__dict__[SETTINGS] = settings
@@ -255,6 +282,30 @@ def _gated_settings(module: nn.Module) -> int | None:
             if found is not None and close(found, down(gated_product_reference(gate(x), up(x), kind))):
                 return kind
     return None
+
+
+def _activated_settings(module: nn.Module) -> tuple[Any, ...] | None:
+    """Index into ``GATES`` and names of layers if ``module`` is ``act(layer(x))``, or ``other(act(layer(x)))``."""
+    names = [name for name, child in module._modules.items() if isinstance(child, PackedModule | FakeQuantModule)]
+    linear = all(isinstance(module._modules[name], nn.Linear) for name in names)
+    if module._parameters or len(names) not in (1, 2) or not linear:
+        return None
+    layers, x = [nn.Linear(8, 8, **FLOAT) for _ in names], torch.randn(9, 8, **FLOAT) * 4
+    found = _try(stand_in(module, {}, dict(zip(names, layers, strict=True))), x)
+    with torch.no_grad():
+        for kind in range(len(GATES)):
+            expected = gate_reference(layers[0](x), kind)
+            if found is not None and close(found, layers[1](expected) if layers[1:] else expected):
+                return kind, *names
+    return None
+
+
+FORMULAS: tuple[tuple[Callable[[nn.Module], Any], type[Fused]], ...] = (
+    (_norm_settings, FusedNorm),
+    (_gated_settings, FusedGatedMLP),
+    (_activated_settings, FusedActivation),
+)
+"""What a module needs to compute a formula, or ``None``; and the class that it gets then."""
 
 
 def close(found: Tensor, expected: Tensor) -> bool:

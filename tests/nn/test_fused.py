@@ -17,7 +17,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from hfquant import dequantize_model, prepare_model_qat, quantize_model_ptq
 from hfquant.hf.qat import converted_model
 from hfquant.kernels import native
-from hfquant.nn.fused import SETTINGS, Fused, fuse_modules_, unfuse_modules_
+from hfquant.nn.fused import SETTINGS, Fused, FusedActivation, fuse_modules_, unfuse_modules_
 from tests.support.tiny_models import TINY, build
 
 
@@ -73,7 +73,7 @@ def test_what_is_fused_in_a_llama() -> None:
 
 
 def test_logits_do_not_depend_on_gradients() -> None:
-    for name, kind in product(("llama", "gemma3"), ("weight_only", "dynamic")):
+    for name, kind in product(("llama", "gemma3", "bert-mlm"), ("weight_only", "dynamic")):
         model = quantized(name, quantization_type=kind)
         assert torch.equal(model(input_ids=IDS).logits, logits(model))
 
@@ -206,6 +206,20 @@ def test_modules_that_compute_it_take_part_whatever_their_name() -> None:
     assert len(fused(model)) == len(model)
     for module, expected in zip(model, plain, strict=True):
         torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("bert-mlm", (2, "dense")), ("vit", (2, "fc1", "fc2"))])
+def test_activations_behind_a_layer(name: str, settings: tuple[object, ...]) -> None:
+    model = quantized(name, quantization_type="dynamic")
+    found = [module for module in model.modules() if isinstance(module, FusedActivation)]
+    assert [vars(module)[SETTINGS] for module in found] == [settings] * 2
+    inputs = TINY[name].inputs()
+    with torch.no_grad():
+        ours = model(**inputs)[0]
+        for module in found:
+            module.__class__ = module.float_class
+        plain = model(**inputs)[0]
+    assert 0 < (ours - plain).abs().max() < 0.05 * plain.abs().max()
 
 
 def test_rotary_embeddings_have_the_same_bits() -> None:

@@ -6,7 +6,13 @@
 namespace hfquant {
 namespace {
 
-constexpr int64_t SPAN = 16 * 12;  // rows that share packed keys: packing is then a fortieth of the work
+// Rows that share packed keys, a multiple of a tile: 192 make packing a fortieth of the work. Fewer keep threads busy.
+int64_t span_of(int64_t rows, int64_t heads) {
+  uint32_t threads = 1;
+  check(torch.torch_get_num_threads(&threads), "get_num_threads");
+  const int64_t parts = threads > 1 ? std::max<int64_t>(1, 4 * int64_t(threads) / std::max<int64_t>(1, heads)) : 1;
+  return std::min<int64_t>(192, std::max<int64_t>(24, round_up((rows + parts - 1) / parts, 12)));
+}
 
 Heads heads_of(const Tensor& x, int64_t batch, int32_t dtype) {
   require(x.dim() == 4 && x.sizes()[0] == batch && x.dtype() == dtype, "queries, keys and values do not fit");
@@ -46,14 +52,14 @@ void attention(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t sizes[4] = {batch, a.tokens, a.heads, a.value_size};
   Tensor result = Tensor::empty(4, sizes, dtype);
   a.out = result.data<char>();
-  const int64_t rows = a.heads / a.key_heads * a.tokens, spans = (rows + SPAN - 1) / SPAN, heads = batch * a.key_heads;
-  const int64_t work = std::min(rows, SPAN) * a.keys * (a.size + a.value_size);
+  const int64_t rows = a.heads / a.key_heads * a.tokens, heads = batch * a.key_heads, span = span_of(rows, heads);
+  const int64_t spans = (rows + span - 1) / span, work = std::min(rows, span) * a.keys * (a.size + a.value_size);
   parallel_for(heads * spans, std::max<int64_t>(1, (64 << 10) / std::max<int64_t>(1, work)), [&](int64_t begin, int64_t end) {
     Scratch scratch;
-    auto* memory = scratch.take<float>(attention_scratch(a, std::min(rows, SPAN)));
+    auto* memory = scratch.take<float>(attention_scratch(a, std::min(rows, span)));
     for (int64_t i = begin; i < end; i++) {
-      const int64_t head = i / spans, first = i % spans * SPAN;
-      kernels->attention_rows(a, head / a.key_heads, head % a.key_heads, first, std::min(first + SPAN, rows), memory);
+      const int64_t head = i / spans, first = i % spans * span;
+      kernels->attention_rows(a, head / a.key_heads, head % a.key_heads, first, std::min(first + span, rows), memory);
     }
   });
   stack[0] = result.result();

@@ -104,9 +104,13 @@ class AttentionSpan {
     const int64_t i = r - first_, parts = (a_.size + ATTENTION_KEYS - 1) / ATTENTION_KEYS;
     const char* from = head(a_.q, head_of(r)) + r / group_ * a_.q.strides[2] * bytes_;
     const float* x = floats_of(from, a_.type, a_.size, read_);
+    // Heads of a token lie side by side, so that the rows of one are far apart for a prefetcher.
+    for (int64_t i = 0; i < a_.size * bytes_; i += 64) V::prefetch(from + 16 / group_ * a_.q.strides[2] * bytes_ + i);
     float* to = queries_ + (i / TILE * parts * TILE + i % TILE) * ATTENTION_KEYS;
-    for (int64_t d = 0; d < a_.size; d++)
-      to[d / ATTENTION_KEYS * TILE * ATTENTION_KEYS + d % ATTENTION_KEYS] = x[d] * a_.scale;
+    for (int64_t d = 0; d < a_.size; d += ATTENTION_KEYS, to += TILE * ATTENTION_KEYS) {
+      const int64_t count = a_.size - d < ATTENTION_KEYS ? a_.size - d : ATTENTION_KEYS;
+      for (int64_t i = 0; i < count; i++) to[i] = x[d + i] * a_.scale;
+    }
   }
 
   // Keys transposed [keys / PANEL, size, PANEL], values [width / PANEL, ATTENTION_KEYS, PANEL].

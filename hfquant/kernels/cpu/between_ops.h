@@ -49,24 +49,31 @@ void rms_norm(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = result.result();
 }
 
-Tensor gated(const Tensor& gate, const Tensor& up, Gate kind) {
-  const Float type = float_type(gate.dtype());
-  const int64_t count = gate.numel(), size = size_of(type);
-  require(up.dtype() == gate.dtype() && up.numel() == count && gate.contiguous() && up.contiguous(),
-          "gate and up must be contiguous and alike");
-  Tensor result = Tensor::empty(gate.dim(), gate.sizes(), gate.dtype());
-  const char *left = gate.data<char>(), *right = up.data<char>();
-  char* out = result.data<char>();
-  parallel_for(count, 8 << 10, [&](int64_t begin, int64_t end) {
-    kernels->gated_row(left + begin * size, right + begin * size, type, end - begin, kind, out + begin * size);
-  });
-  return result;
+Gate gate_of(StableIValue kind) {
+  require(kind <= uint64_t(Gate::gelu), "there is no such activation");
+  return Gate(int64_t(kind));
 }
 
-// gated_product_cpu(gate, up, kind) -> Tensor
+// act(gate) * up into `result`, which may be `gate`.
+void gate_into(const Tensor& gate, const Tensor& up, Gate kind, const Tensor& result) {
+  const Float type = float_type(gate.dtype());
+  const int64_t count = gate.numel(), size = size_of(type);
+  require(gate.contiguous() && (!up || (up.dtype() == gate.dtype() && up.numel() == count && up.contiguous())),
+          "gate and up must be contiguous and alike");
+  const char *left = gate.data<char>(), *right = up ? up.data<char>() : nullptr;
+  char* out = result.data<char>();
+  parallel_for(count, 8 << 10, [&](int64_t begin, int64_t end) {
+    const int64_t at = begin * size;
+    kernels->gated_row(left + at, right ? right + at : nullptr, type, end - begin, kind, out + at);
+  });
+}
+
+// gated_product_cpu(gate, up?, kind) -> Tensor
 void gated_product(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor gate = Tensor::argument(stack[0]), up = Tensor::argument(stack[1]);
-  stack[0] = gated(gate, up, Gate(int64_t(stack[2]))).result();
+  const Tensor gate = Tensor::argument(stack[0]), up = Tensor::optional(stack[1]);
+  Tensor result = Tensor::empty(gate.dim(), gate.sizes(), gate.dtype());
+  gate_into(gate, up, gate_of(stack[2]), result);
+  stack[0] = result.result();
 }
 
 // An empty tensor like `x [batch, heads, tokens, size]`, with heads of a token side by side where `x` has them so.

@@ -59,30 +59,60 @@ INLINE float exponential(float x) {
   return p * float_of(uint32_t(int32_t(n) + 127) << 23);
 }
 
-// act(gate) * up, where act(x) = x / (1 + e**-t): t = x is SiLU, t = 2 sqrt(2 / pi) (x + 0.044715 x**3) is GELU with tanh.
-INLINE void gated_part(const float* gate, const float* up, Float type, int64_t count, Gate kind, float* values) {
+// GELU, x / 2 * (1 + erf(x / sqrt 2)); the error function as in Abramowitz and Stegun, 7.1.26.
+INLINE float gelu(float x) {
+  const float size = x < 0 ? -x : x, z = size * 0.70710678f, t = 1.0f / V::fused(z, 0.3275911f, 1.0f);
+  float p = 1.061405429f;
+  p = V::fused(p, t, -1.453152027f);
+  p = V::fused(p, t, 1.421413741f);
+  p = V::fused(p, t, -0.284496736f);
+  p = V::fused(p, t, 0.254829592f);
+  const float tail = 0.5f * p * t * exponential(-z * z), finite = x > 40.0f ? 40.0f : x;
+  return x > 0 ? x - finite * tail : x * tail;
+}
+
+// act(gate), where act(x) = x / (1 + e**-t): t = x is SiLU, t = 2 sqrt(2 / pi) (x + 0.044715 x**3) is GELU with tanh.
+// `values` are not `gate`.
+INLINE void act_part(const float* gate, int64_t count, Gate kind, float* values) {
   if (kind == Gate::silu)
     for (int64_t i = 0; i < count; i++) values[i] = gate[i] / (1.0f + exponential(-gate[i]));
+  else if (kind == Gate::gelu)
+    for (int64_t i = 0; i < count; i++) values[i] = gelu(gate[i]);
   else
     for (int64_t i = 0; i < count; i++) {
       const float x = gate[i], t = 1.5957691216f * (x + 0.044715f * x * x * x);
       values[i] = x / (1.0f + exponential(-t));
     }
-  round_to(type, count, values);
-  for (int64_t i = 0; i < count; i++) values[i] *= up[i];
 }
 
+// The result may be the gate.
 void gated_row(const void* gate, const void* up, Float type, int64_t count, Gate kind, void* out) {
   float left[BETWEEN_PART], right[BETWEEN_PART], values[BETWEEN_PART];
   const int64_t size = type == Float::f32 ? 4 : 2;
   for (int64_t i = 0; i < count; i += BETWEEN_PART) {
     const int64_t n = count - i < BETWEEN_PART ? count - i : BETWEEN_PART;
-    const float* g = floats_of((const char*)gate + i * size, type, n, left);
-    const float* u = floats_of((const char*)up + i * size, type, n, right);
-    float* to = type == Float::f32 ? (float*)out + i : values;
-    gated_part(g, u, type, n, kind, to);
-    if (type != Float::f32) from_float(values, type, n, (char*)out + i * size);
+    act_part(floats_of((const char*)gate + i * size, type, n, left), n, kind, values);
+    if (up) {
+      const float* u = floats_of((const char*)up + i * size, type, n, right);
+      round_to(type, n, values);
+      for (int64_t j = 0; j < n; j++) values[j] *= u[j];
+    }
+    from_float(values, type, n, (char*)out + i * size);
   }
+}
+
+// Writes `act(values [count] + bias)` to row `m` of the result, from column `n0`.
+INLINE void store_row(const Output& out, int64_t m, int64_t n0, int count, float* values) {
+  if (out.bias)
+    for (int i = 0; i < count; i++) values[i] += out.bias[n0 + i];
+  float acted[BETWEEN_PART];
+  if (out.act != Gate::none) {
+    round_to(out.type, count, values);
+    act_part(values, count, out.act, acted);
+    values = acted;
+  }
+  const int64_t size = out.type == Float::f32 ? 4 : 2;
+  from_float(values, out.type, count, (char*)out.data + (m * out.columns + n0) * size);
 }
 
 // x * cos + (-x2, x1) * sin for the halves x1, x2 of `x [count]`, rounded to `type` after every operation.

@@ -8,7 +8,7 @@ constexpr int BLOCK = 32;      // output features that one unit of work computes
 constexpr int MAX_PLANES = 3;  // INT8 digits of one activation: 1 quantized, 2 half precision, 3 float32
 
 enum class Float : int { f32, bf16, f16 };
-enum class Gate : int64_t { silu, gelu_tanh };
+enum class Gate : int64_t { none = -1, silu, gelu_tanh, gelu };
 
 // A packed weight as numerics/packing.py defines it: rows of unsigned codes, lowest bits first.
 struct Weight {
@@ -48,6 +48,7 @@ struct Output {
   Float type;
   const float* bias;  // [N] or null
   int64_t columns;    // N
+  Gate act = Gate::none;
 };
 
 // A weight with an adapter inside its rounding, in float32: codes are round(code + residual / 16 + delta).
@@ -127,7 +128,7 @@ struct Kernels {
   // With `round_first` the quotient is rounded to `type` before the weight.
   void (*rms_norm_row)(const float* x, Float type, int64_t count, const float* weight, float eps, bool round_first,
                        float* values, void* out);
-  // act(gate) * up, each rounded to `type`.
+  // act(gate) * up, each rounded to `type`; only act(gate) where there is no `up`.
   void (*gated_row)(const void* gate, const void* up, Float type, int64_t count, Gate kind, void* out);
   // The rotary embedding of one head; `values` has room for two rows.
   void (*rotate_row)(const float* x, Float type, int64_t count, const float* cos, const float* sin, float* values, void* out);

@@ -19,6 +19,12 @@ struct LinearCall {
   Output out;
   int64_t padded() const { return round_up(w.in_features, 128); }
   int64_t blocks() const { return (w.rows + BLOCK - 1) / BLOCK; }
+  // The result from row `m` on.
+  Output out_from(int64_t m) const {
+    Output rest = out;
+    rest.data = static_cast<char*>(out.data) + m * out.columns * size_of(out.type);
+    return rest;
+  }
 
   // Whether activations that are arranged for this layer are so for the `other`, which has the same ones.
   bool is_like(const LinearCall& other) const {
@@ -27,6 +33,8 @@ struct LinearCall {
            (!given || *given == *other.given);
   }
 };
+
+constexpr int64_t ROWS = 1008;  // that are multiplied at once, so that codes and results stay in the caches; whole tiles
 
 using LinearCalls = std::vector<LinearCall>;  // of layers that share their activations; they are alike
 
@@ -100,10 +108,11 @@ void each_panel(const Weight& w, int64_t tiles, int64_t bytes, const Work& work)
   });
 }
 
-void many_rows(const LinearCalls& calls) {
+// Rows `start .. start + rows`.
+void many_rows(const LinearCalls& calls, int64_t start, int64_t rows) {
   const LinearCall& call = calls[0];
   const Weight& w = call.w;
-  const int64_t tile = kernels->tile, rows = call.x.count, tiles = (rows + tile - 1) / tile;
+  const int64_t tile = kernels->tile, tiles = (rows + tile - 1) / tile;
   const int64_t tile_codes = call.planes * panel_depth(w) * tile, segments = segments_of(w, call.planes);
   const int64_t tile_sums = call.planes * segments * tile, steps = call.planes == 1 ? 1 : segments;
   auto codes = buffer<int8_t>(tiles * tile_codes);
@@ -119,7 +128,7 @@ void many_rows(const LinearCalls& calls) {
         int8_t* to = natural.get() + m % tile * row_codes;
         if (m < rows) {
           float zero = 0;
-          const float* x = call.x.read(m, scratch.get());
+          const float* x = call.x.read(start + m, scratch.get());
           kernels->quantize_row(x, w.in_features, call.planes, segment_of(w, call.planes), call.given, to, call.padded(),
                                 scale.get() + m * steps, call.asymmetric ? &zero : nullptr);
           zeros[m] = int32_t(zero);
@@ -138,15 +147,15 @@ void many_rows(const LinearCalls& calls) {
   for (const LinearCall& each : calls)
     each_panel(each.w, tiles, panel_bytes(each.w), [&](int64_t block, int64_t first, int64_t last, uint8_t* panel) {
       kernels->pack_panel(each.w, block, panel);
-      kernels->tiles(each.w, a, each.out, block, first, last, panel);
+      kernels->tiles(each.w, a, each.out_from(start), block, first, last, panel);
     });
 }
 
 // Many rows of bfloat16 where the processor multiplies them.
-void many_bf16_rows(const LinearCalls& calls) {
+void many_bf16_rows(const LinearCalls& calls, int64_t start, int64_t rows) {
   const LinearCall& call = calls[0];
   const Weight& w = call.w;
-  const int64_t tile = kernels->tile, rows = call.x.count, tiles = (rows + tile - 1) / tile, pairs = panel_depth(w) / 2;
+  const int64_t tile = kernels->tile, tiles = (rows + tile - 1) / tile, pairs = panel_depth(w) / 2;
   auto values = buffer<uint16_t>(tiles * tile * pairs * 2);
   parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
     auto padded = buffer<uint16_t>(pairs * 2), dense = buffer<uint16_t>(w.in_features);
@@ -154,7 +163,7 @@ void many_bf16_rows(const LinearCalls& calls) {
     for (int64_t m = begin * tile; m < end * tile; m++) {
       char* to = reinterpret_cast<char*>(values.get() + m / tile * tile * pairs * 2) + m % tile * 4;
       if (m < rows)
-        std::memcpy(padded.get(), call.x.raw(m, reinterpret_cast<char*>(dense.get())), w.in_features * 2);
+        std::memcpy(padded.get(), call.x.raw(start + m, reinterpret_cast<char*>(dense.get())), w.in_features * 2);
       else
         std::memset(padded.get(), 0, pairs * 4);
       for (int64_t i = 0; i < pairs; i++) std::memcpy(to + i * tile * 4, padded.get() + 2 * i, 4);
@@ -164,7 +173,7 @@ void many_bf16_rows(const LinearCalls& calls) {
   for (const LinearCall& each : calls)
     each_panel(each.w, tiles, bf16_panel_bytes(each.w), [&](int64_t block, int64_t first, int64_t last, uint8_t* panel) {
       kernels->pack_bf16(each.w, block, panel);
-      kernels->bf16_tiles(each.w, x, each.out, block, first, last, panel);
+      kernels->bf16_tiles(each.w, x, each.out_from(start), block, first, last, panel);
     });
 }
 
@@ -222,12 +231,10 @@ struct Layer {
 void run(const LinearCalls& calls) {
   const Rows& x = calls[0].x;
   if (!x.count || !calls[0].w.rows) return;
-  if (x.count <= kernels->few)
-    few_rows(calls);
-  else if (calls[0].planes > 1 && x.type() == Float::bf16 && kernels->bf16_tiles)
-    many_bf16_rows(calls);
-  else
-    many_rows(calls);
+  if (x.count <= kernels->few) return few_rows(calls);
+  const bool is_bf16 = calls[0].planes > 1 && x.type() == Float::bf16 && kernels->bf16_tiles;
+  for (int64_t m = 0; m < x.count; m += ROWS)
+    (is_bf16 ? many_bf16_rows : many_rows)(calls, m, std::min(ROWS, x.count - m));
 }
 
 // Layers that follow each other here share activations if they are alike.
@@ -264,6 +271,18 @@ void linear(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = apply(x, layer).result();
 }
 
+// activated_linear_cpu(x, five tensors of a layer, layouts, kind) -> Tensor
+void activated_linear(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor x = Tensor::argument(stack[0]);
+  Layer layer(stack + 1, int64_t(stack[6]));
+  const Rows rows(x);
+  Tensor result = empty_result(x, layer.out_features());
+  LinearCall call = layer.call(rows, result.data<void>());
+  call.out.act = gate_of(stack[7]);
+  run({call});
+  stack[0] = result.result();
+}
+
 // gated_mlp_cpu(x, gate and up and down: five tensors each, layouts, kind) -> Tensor; `layouts` has a byte for each layer.
 void gated_mlp(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor x = Tensor::argument(stack[0]);
@@ -272,7 +291,8 @@ void gated_mlp(StableIValue* stack, uint64_t, uint64_t) {
   const Rows rows(x);
   const Tensor left = empty_result(x, gate.out_features()), right = empty_result(x, up.out_features());
   run_each({gate.call(rows, left.data<void>()), up.call(rows, right.data<void>())});
-  stack[0] = apply(gated(left, right, Gate(int64_t(stack[17]))), down).result();
+  gate_into(left, right, gate_of(stack[17]), left);
+  stack[0] = apply(left, down).result();
 }
 
 // rotated_heads_cpu(x, q and k and v: five tensors each, cos, sin, layouts, size) -> (Tensor, Tensor, Tensor)

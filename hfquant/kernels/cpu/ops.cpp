@@ -128,6 +128,7 @@ extern "C" __attribute__((visibility("default"))) const char* hfquant_register(v
       {"rms_norm_cpu", rms_norm},
       {"gated_product_cpu", gated_product},
       {"gated_mlp_cpu", gated_mlp},
+      {"activated_linear_cpu", activated_linear},
       {"rotary_cpu", rotary},
       {"rotated_heads_cpu", rotated_heads},
       {"attention_cpu", attention},

@@ -54,14 +54,6 @@ void from_float(const float* x, Float type, int64_t count, void* out) {
     for (int64_t i = 0; i < count; i++) half[i] = to_half(x[i]);
 }
 
-// Writes `values [count] + bias` to row `m` of the result, from column `n0`.
-INLINE void store_row(const Output& out, int64_t m, int64_t n0, int count, float* values) {
-  if (out.bias)
-    for (int i = 0; i < count; i++) values[i] += out.bias[n0 + i];
-  const int64_t size = out.type == Float::f32 ? 4 : 2;
-  from_float(values, out.type, count, (char*)out.data + (m * out.columns + n0) * size);
-}
-
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2**23: adding and subtracting it rounds to the nearest even integer
 
 // Steps from zero to the nearest code; `zero` is the code of zero.

@@ -98,7 +98,7 @@ void tile_of_segments(const Weight& w, const Activations& a, int64_t t, int half
 
 // Writes `values [count] * scale + bias` to row `m` of the result, from column `n0`.
 INLINE void store_scaled(const Output& out, int64_t m, int64_t n0, int count, float scale, float* values) {
-  const bool whole = out.type == Float::f32 && count == BLOCK;
+  const bool whole = out.type == Float::f32 && count == BLOCK && out.act == Gate::none;
   float* to = whole ? (float*)out.data + m * out.columns + n0 : values;
   for (int i = 0; i < BLOCK; i += V::LANES) {
     const V::F v = V::mulf(V::loadf(values + i), V::setf(scale));

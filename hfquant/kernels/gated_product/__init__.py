@@ -1,4 +1,4 @@
-"""Gated activation between the linear layers of a feed-forward block (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+"""Activations of feed-forward blocks, and gates (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
 
 from typing import Any
 
@@ -7,14 +7,18 @@ from torch import Tensor
 
 from hfquant.kernels import native
 from hfquant.kernels.dispatch import define_op, register_autograd, register_native
-from hfquant.kernels.gated_product.reference import gate_reference, gated_product_reference
+from hfquant.kernels.gated_product.reference import (
+    gate_backward_reference,
+    gate_reference,
+    gated_product_reference,
+)
 
 
-GATES = ("silu", "gelu_tanh")
+GATES = ("silu", "gelu_tanh", "gelu")
 """Activations by the number that the op takes."""
 
 
-def _fake(gate: Tensor, up: Tensor, kind: int) -> Tensor:
+def _fake(gate: Tensor, up: Tensor | None, kind: int) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
@@ -25,21 +29,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     gate, up = ctx.saved_tensors
-    through = grad * up
-    if ctx.kind:
-        grad_gate = torch.ops.aten.gelu_backward(through, gate, approximate="tanh")
-    else:
-        grad_gate = torch.ops.aten.silu_backward(through, gate)
-    return grad_gate, grad * gate_reference(gate, ctx.kind), None
+    grad_gate = gate_backward_reference(grad if up is None else grad * up, gate, ctx.kind)
+    return grad_gate, None if up is None else grad * gate_reference(gate, ctx.kind), None
 
 
-def _is_native(gate: Tensor, up: Tensor, *_: Any) -> bool:
-    alike = gate.dtype == up.dtype and gate.shape == up.shape
-    return alike and gate.dtype in native.FLOATS and gate.is_contiguous() and up.is_contiguous()
+def _is_native(gate: Tensor, up: Tensor | None, *_: Any) -> bool:
+    alike = up is None or (gate.dtype == up.dtype and gate.shape == up.shape and up.is_contiguous())
+    return alike and gate.dtype in native.FLOATS and gate.is_contiguous()
 
 
 define_op(
-    "gated_product(Tensor gate, Tensor up, int kind) -> Tensor",
+    "gated_product(Tensor gate, Tensor? up, int kind) -> Tensor",
     reference=lambda *arguments: gated_product_reference(*arguments).contiguous(),
     fake=_fake,
 )
@@ -49,15 +49,15 @@ register_native("gated_product", _is_native)
 _NATIVE: Any = torch.ops.hfquant.gated_product_cpu.default
 
 
-def gated_product(gate: Tensor, up: Tensor, kind: int) -> Tensor:
+def gated_product(gate: Tensor, up: Tensor | None, kind: int) -> Tensor:
     """``act(gate) * up``, each rounded to their dtype.
 
     Args:
         gate: Any shape.
-        up: Like ``gate``.
+        up: Like ``gate``; ``None`` for ``act(gate)`` alone.
         kind: Index into ``GATES``.
     """
-    trains = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+    trains = torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad))
     fits = not trains and gate.is_cpu and native.is_active() and _is_native(gate, up)
     out: Tensor = (_NATIVE if fits else torch.ops.hfquant.gated_product)(gate, up, kind)
     return out
