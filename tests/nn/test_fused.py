@@ -210,7 +210,7 @@ def test_modules_that_compute_it_take_part_whatever_their_name() -> None:
 
 @pytest.mark.parametrize(("name", "settings"), [("bert-mlm", (2, "dense")), ("vit", (2, "fc1", "fc2"))])
 def test_activations_behind_a_layer(name: str, settings: tuple[object, ...]) -> None:
-    model = quantized(name, quantization_type="dynamic")
+    model = quantized(name)
     found = [module for module in model.modules() if isinstance(module, FusedActivation)]
     assert [vars(module)[SETTINGS] for module in found] == [settings] * 2
     inputs = TINY[name].inputs()
