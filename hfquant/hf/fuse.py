@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hfquant.kernels import native
-from hfquant.kernels.attention import attention, fits_native
+from hfquant.kernels.attention import NATIVE as NATIVE_ATTENTION, attention, fits_native
 from hfquant.kernels.attention.reference import attention_reference
 from hfquant.kernels.rotary.reference import rotary_reference
 from hfquant.kernels.rotated_heads import NATIVE as NATIVE_HEADS
@@ -60,8 +60,7 @@ class FusedAttention(Fused):
     ) -> Any:
         """Apply the layer to ``hidden_states [B, T, K]``."""
         heads = None
-        known = all(name in UNUSED or value is None or value is False for name, value in kwargs.items())
-        if known and position_embeddings is not None and not self.training and _is_ours(self):
+        if position_embeddings is not None and not self.training and _is_ours(self, kwargs):
             heads = self._heads(hidden_states, *position_embeddings)
         if heads is None:
             return self.float_class.forward(
@@ -75,10 +74,20 @@ class FusedAttention(Fused):
         q, k, v = heads
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS[SDPA]
-        out, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.__dict__[SETTINGS][1])
         output: Any = self._modules["o_proj"]
-        return output(out.reshape(*hidden_states.shape[:-1], -1)), weights
+        out = self._attend(q, k, v, attention_mask)
+        return output(out.reshape(*hidden_states.shape[:-1], -1)), None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        scale = self.__dict__[SETTINGS][1]
+        if not torch.compiler.is_compiling():  # a compiled op cannot be tried
+            try:
+                out: Tensor = NATIVE_ATTENTION(q, k, v, mask, scale, mask is None and q.size(2) > 1)
+                return out
+            except RuntimeError:  # what the kernel does not take
+                pass
+        out, _ = ALL_ATTENTION_FUNCTIONS[SDPA](self, q, k, v, mask, dropout=0.0, scaling=scale)
+        return out
 
     def _heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Rotated queries and keys, and values; ``None`` where the op does not compute them."""
@@ -98,9 +107,14 @@ class FusedAttention(Fused):
         return heads
 
 
-def _is_ours(module: Any) -> bool:
-    """Whether the attention function that ``module`` would look up is the one that is wrapped here."""
-    return module.config._attn_implementation == SDPA and hasattr(ALL_ATTENTION_FUNCTIONS[SDPA], SETTINGS)
+def _is_ours(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether ``module`` would call the attention function that is wrapped here, and with nothing that we know not."""
+    for name, value in kwargs.items():
+        if name not in UNUSED and value is not None and value is not False:
+            return False
+    # The property of Transformers takes longer than some layers.
+    chosen = module.config.__dict__.get("_attn_implementation_internal")
+    return chosen == SDPA and hasattr(ALL_ATTENTION_FUNCTIONS[SDPA], SETTINGS)
 
 
 def fuse_model_(model: nn.Module) -> None:

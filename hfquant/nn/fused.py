@@ -23,13 +23,14 @@ from hfquant.kernels.gated_product import GATES, gated_product
 from hfquant.kernels.gated_product.reference import gate_reference, gated_product_reference
 from hfquant.kernels.layers import layout_of
 from hfquant.kernels.linear_op import weight_fits_native
-from hfquant.kernels.rms_norm import rms_norm
+from hfquant.kernels.rms_norm import NATIVE as NATIVE_NORM, rms_norm
 from hfquant.kernels.rms_norm.reference import rms_norm_reference
 from hfquant.kernels.rotary import NATIVE as NATIVE_ROTARY, fits_native
 from hfquant.kernels.rotary.reference import rotary_reference
 from hfquant.nn.fake_quant_module import FakeQuantModule
-from hfquant.nn.packed_module import PackedModule
+from hfquant.nn.packed_module import LAYOUT, PackedModule
 from hfquant.nn.quant_linear import QuantLinear
+from hfquant.schemes import LayerScheme
 
 
 SETTINGS = "_hfquant_fused"
@@ -65,9 +66,17 @@ class FusedNorm(Fused):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Normalize ``x [..., K]``."""
         weight = self._parameters["weight"]
-        if args or kwargs or weight is None or not runs(x) or weight.dtype != x.dtype or not weight.is_contiguous():
+        if args or kwargs or weight is None or not runs(x):
             return self.float_class.forward(self, x, *args, **kwargs)
-        eps, unit_offset, round_first = self.__dict__[SETTINGS]
+        settings = self.__dict__[SETTINGS]
+        if not torch.is_grad_enabled():
+            try:
+                return NATIVE_NORM(x, weight, *settings)
+            except RuntimeError:  # what the kernel does not take
+                pass
+        if weight.dtype != x.dtype or not weight.is_contiguous():
+            return self.float_class.forward(self, x)
+        eps, unit_offset, round_first = settings
         return rms_norm(x, weight, eps, unit_offset=unit_offset, round_first=round_first)
 
 
@@ -119,31 +128,36 @@ class FusedActivation(Fused):
 
 def packed_arguments(layers: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The tensors of packed layers and their layouts; ``None`` if calling them does more than apply them."""
-    if torch.is_grad_enabled() or _has_any_global_hook() or not all(map(_is_bare, layers)):
+    if torch.is_grad_enabled() or _has_any_global_hook():
         return None
-    if torch.compiler.is_compiling() and not all(map(_fits_native, layers)):
-        return None  # a compiled op cannot be tried
     tensors: list[Tensor | None] = []
     layouts = 0
     for index, layer in enumerate(layers):
+        if (
+            type(layer) is not QuantLinear
+            or layer.input_observer is not None
+            or layer._forward_hooks
+            or layer._forward_pre_hooks
+            or "forward" in layer.__dict__
+            or "bias" not in layer._parameters  # so where it is parametrized
+            or (torch.compiler.is_compiling() and not _fits_native(layer))  # a compiled op cannot be tried
+        ):
+            return None
         tensors += map(layer._parameters.get, LAYER_TENSORS)
-        activation = layer.scheme.activation
-        dynamic = activation is not None and activation.dynamic
-        asymmetric = activation is not None and not activation.symmetric
-        layouts |= layout_of(layer.scheme.weight.bits, dynamic=dynamic, asymmetric=asymmetric) << 8 * index
+        layouts |= _layout(layer) << 8 * index
     return *tensors, layouts
 
 
-def _is_bare(layer: nn.Module) -> bool:
-    """Whether calling ``layer`` does nothing but apply the packed weights."""
-    return (
-        type(layer) is QuantLinear
-        and layer.input_observer is None
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and "forward" not in layer.__dict__
-        and "bias" in layer._parameters  # not so where it is parametrized
-    )
+def _layout(layer: QuantLinear) -> int:
+    known: tuple[LayerScheme, int] | None = layer.__dict__.get(LAYOUT)
+    if known is None or known[0] is not layer.scheme:
+        activation = layer.scheme.activation
+        dynamic = activation is not None and activation.dynamic
+        asymmetric = activation is not None and not activation.symmetric
+        known = layer.scheme, layout_of(layer.scheme.weight.bits, dynamic=dynamic, asymmetric=asymmetric)
+        if not torch.compiler.is_compiling():
+            layer.__dict__[LAYOUT] = known
+    return known[1]
 
 
 def _fits_native(layer: QuantLinear) -> bool:

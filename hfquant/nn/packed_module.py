@@ -108,6 +108,10 @@ def packed_bytes(weight: FloatWeight, scheme: LayerScheme) -> int:
     return sum(dtype.itemsize * size.numel() for dtype, size in packed_tensors("weight", weight, scheme).values())
 
 
+LAYOUT = "_hfquant_layout"
+"""Attribute of packed modules: their scheme, and the byte that stands for it in ops that take several layers."""
+
+
 class PackedModule(nn.Module):
     """A module whose weights are packed; made by ``swap_`` from a float module, in place.
 
@@ -171,7 +175,15 @@ class PackedModule(nn.Module):
                 parameters[name] = parameter
         float_class = self.float_class
         self._parameters = parameters
-        for attribute in ("float_class", "float_weights", "scheme", "compute_dtype", "input_observer", "sqnr_db"):
+        for attribute in (
+            "float_class",
+            "float_weights",
+            "scheme",
+            "compute_dtype",
+            "input_observer",
+            "sqnr_db",
+            LAYOUT,
+        ):
             self.__dict__.pop(attribute, None)
         self.__class__ = float_class  # type: ignore[assignment]
 

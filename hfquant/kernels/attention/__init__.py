@@ -62,7 +62,8 @@ define_op(
 register_autograd("attention", _backward, _setup_context)
 register_native("attention", fits_native)
 
-_NATIVE: Any = torch.ops.hfquant.attention_cpu.default
+NATIVE: Any = torch.ops.hfquant.attention_cpu.default
+"""The native op without its check; it raises ``RuntimeError`` at what is not for it."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, *, causal: bool = False) -> Tensor:
@@ -83,5 +84,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     # An exported program has to run on machines without the native library.
     fits = not trains and not torch.compiler.is_exporting() and fits_native(q, k, v, mask, scale, causal)
-    out: Tensor = (_NATIVE if fits else torch.ops.hfquant.attention)(q, k, v, mask, scale, causal)
+    out: Tensor = (NATIVE if fits else torch.ops.hfquant.attention)(q, k, v, mask, scale, causal)
     return out

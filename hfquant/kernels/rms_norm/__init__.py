@@ -38,7 +38,8 @@ define_op(
 register_autograd("rms_norm", _backward, _setup_context)
 register_native("rms_norm", _is_native)
 
-_NATIVE: Any = torch.ops.hfquant.rms_norm_cpu.default
+NATIVE: Any = torch.ops.hfquant.rms_norm_cpu.default
+"""The native op without its check; it raises ``RuntimeError`` at what is not for it."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, round_first: bool = True) -> Tensor:
@@ -56,5 +57,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
     """
     trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     fits = not trains and x.is_cpu and native.is_active() and _is_native(x, weight)
-    out: Tensor = (_NATIVE if fits else torch.ops.hfquant.rms_norm)(x, weight, eps, unit_offset, round_first)
+    out: Tensor = (NATIVE if fits else torch.ops.hfquant.rms_norm)(x, weight, eps, unit_offset, round_first)
     return out
