@@ -75,6 +75,8 @@ SETS = {
         "W8A8 dynamic",
         "W4A8 g32",
         "W4A16 g32",
+        "W8A8 dynamic, compiled",
+        "W4A8 g32, compiled",
         "bitsandbytes INT8",
         "bitsandbytes NF4",
         "torchao INT8 dynamic, compiled",

@@ -62,13 +62,13 @@ class AttentionSpan {
     for (int64_t r = first_; r < last_; r++) read_query(r);
     const int64_t seen = a_.causal ? (last_ - 1) / group_ + 1 : a_.keys, keys = seen < a_.keys ? seen : a_.keys;
     for (int64_t k = 0; k < keys; k += ATTENTION_KEYS) {
-      const int64_t count = keys - k < ATTENTION_KEYS ? keys - k : ATTENTION_KEYS;
-      bool packed = false;
-      for (int64_t r = first_; r < last_; r += TILE) {
-        const int64_t end = r + TILE < last_ ? r + TILE : last_, most = keys_of(end - 1, k, count);
-        if (most <= 0 || !sees_any(r, end, k, count)) continue;
-        if (!packed) pack(k, count), packed = true;
-        with_rows<TILE>(end - r, [&](auto rows) __attribute__((always_inline)) { tile<rows()>(r, end, k, most); });
+      const int64_t rest = keys - k < ATTENTION_KEYS ? keys - k : ATTENTION_KEYS, count = seen_of(first_, last_, k, rest);
+      if (count) pack(k, count);
+      for (int64_t r = first_; r < last_ && count; r += TILE) {
+        const int64_t end = r + TILE < last_ ? r + TILE : last_, causal = keys_of(end - 1, k, count);
+        const int64_t most = causal > 0 ? seen_of(r, end, k, causal) : 0;
+        if (most)
+          with_rows<TILE>(end - r, [&](auto rows) __attribute__((always_inline)) { tile<rows()>(r, end, k, most); });
       }
     }
     for (int64_t r = first_; r < last_; r++) write(r);
@@ -77,6 +77,9 @@ class AttentionSpan {
  private:
   const char* head(const Heads& from, int64_t head) const {
     return from.data + (batch_ * from.strides[0] + head * from.strides[1]) * bytes_;
+  }
+  void fetch(const char* row, int64_t size) const {
+    for (int64_t i = 0; i < size * bytes_; i += 64) V::prefetch(row + i);
   }
   int64_t head_of(int64_t r) const { return key_head_ * group_ + r % group_; }
 
@@ -91,12 +94,16 @@ class AttentionSpan {
     return batch_ * strides[0] + head_of(r) * strides[1] + r / group_ * strides[2] + k;
   }
 
-  // Whether the mask leaves any of these rows any of these keys.
-  bool sees_any(int64_t r, int64_t end, int64_t k, int64_t count) const {
-    if (a_.mask == Mask::none || a_.mask == Mask::added) return true;
-    for (; r < end; r++)
-      if (memchr((const char*)a_.mask_data + mask_at(r, k), 1, count)) return true;
-    return false;
+  // How many of `count` keys from `k` on hold all that the mask leaves any of these rows.
+  int64_t seen_of(int64_t r, int64_t end, int64_t k, int64_t count) const {
+    if (a_.mask != Mask::chosen) return count;
+    int64_t most = 0;
+    for (; r < end && most < count; r++) {
+      const auto* mask = (const uint8_t*)a_.mask_data + mask_at(r, k);
+      if (!memchr(mask + most, 1, count - most)) continue;
+      for (most = count; !mask[most - 1];) most--;
+    }
+    return most;
   }
 
   // Scaled, in parts of as many inputs as a block has keys, [tile, part, TILE, ATTENTION_KEYS].
@@ -105,7 +112,7 @@ class AttentionSpan {
     const char* from = head(a_.q, head_of(r)) + r / group_ * a_.q.strides[2] * bytes_;
     const float* x = floats_of(from, a_.type, a_.size, read_);
     // Heads of a token lie side by side, so that the rows of one are far apart for a prefetcher.
-    for (int64_t i = 0; i < a_.size * bytes_; i += 64) V::prefetch(from + 16 / group_ * a_.q.strides[2] * bytes_ + i);
+    fetch(from + 16 / group_ * a_.q.strides[2] * bytes_, a_.size);
     float* to = queries_ + (i / TILE * parts * TILE + i % TILE) * ATTENTION_KEYS;
     for (int64_t d = 0; d < a_.size; d += ATTENTION_KEYS, to += TILE * ATTENTION_KEYS) {
       const int64_t count = a_.size - d < ATTENTION_KEYS ? a_.size - d : ATTENTION_KEYS;
@@ -116,8 +123,15 @@ class AttentionSpan {
   // Keys transposed [keys / PANEL, size, PANEL], values [width / PANEL, ATTENTION_KEYS, PANEL].
   void pack(int64_t k, int64_t count) {
     const char* keys = head(a_.k, key_head_) + k * a_.k.strides[2] * bytes_;
-    for (int64_t i = 0; i < count; i += V::LANES) pack_keys(keys, i, count);
     const char* values = head(a_.v, key_head_) + k * a_.v.strides[2] * bytes_;
+    for (int64_t i = 0; i < count; i += V::LANES) {
+      // A cache was last read a token ago, and the weights of the model have come by since.
+      for (int64_t j = i; j < i + V::LANES && j < count; j++) {
+        fetch(keys + (j + V::LANES) * a_.k.strides[2] * bytes_, a_.size);
+        fetch(values + j * a_.v.strides[2] * bytes_, a_.value_size);
+      }
+      pack_keys(keys, i, count);
+    }
     for (int64_t i = 0; i < count; i++) {
       const float* row = floats_of(values + i * a_.v.strides[2] * bytes_, a_.type, a_.value_size, read_);
       for (int64_t j = 0; j < width_; j += PANEL) {

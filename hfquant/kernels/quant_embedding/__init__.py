@@ -22,11 +22,15 @@ def _fake(
     return weight.new_empty((*ids.shape, embedding_dim), dtype=dtype)
 
 
-def _is_native(ids: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, *rest: Any) -> bool:
+def _fits_native(ids: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, *rest: Any) -> bool:
     whole = all(tensor is None or tensor.is_contiguous() for tensor in (ids, weight, scale, zero))
-    known = ids.dtype == torch.int64 and rest[-1] in native.FLOATS
+    return whole and ids.dtype == torch.int64 and rest[-1] in native.FLOATS
+
+
+def _is_native(ids: Tensor, weight: Tensor, *rest: Any) -> bool:
+    known = _fits_native(ids, weight, *rest)
     # An id outside the table is left to the reference, which raises torch's own IndexError.
-    return whole and known and (not ids.numel() or (int(ids.min()) >= 0 and int(ids.max()) < weight.shape[0]))
+    return known and (not ids.numel() or (int(ids.min()) >= 0 and int(ids.max()) < weight.shape[0]))
 
 
 define_op(
@@ -66,7 +70,8 @@ def quant_embedding(
         Embeddings ``[*ids.shape, K]``.
 
     Raises:
-        IndexError: If an id is not a row of the table; on a GPU, where that cannot raise, its row is NaN.
+        IndexError: If an id is not a row of the table; on a GPU, where that cannot raise, its row is NaN. A compiled
+            model raises ``RuntimeError``.
     """
     arguments = (ids, weight, weight_scale, weight_zero_point, bits, embedding_dim, dtype)
     if ids.is_cpu and native.is_active() and not torch.compiler.is_compiling():
@@ -75,5 +80,7 @@ def quant_embedding(
             return direct
         except RuntimeError:  # an id that is no row, or a layout for the reference: it says so, or computes it
             pass
-    out: Tensor = torch.ops.hfquant.quant_embedding(*arguments)
+    traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    fits = traced and ids.is_cpu and native.is_active() and _fits_native(*arguments)
+    out: Tensor = (_NATIVE if fits else torch.ops.hfquant.quant_embedding)(*arguments)
     return out
