@@ -28,6 +28,21 @@ INLINE void store_pairs(__m512i word, __m512i zeros, uint8_t* to) {
   if constexpr (PAIR + 1 < 16 / BITS) store_pairs<BITS, PAIR + 1>(word, zeros, to + BLOCK * 4);
 }
 
+// The same for INT4 with zero points of 8: whatever the bits above a code, the low five choose its value from a table.
+template <int PAIR = 0>
+INLINE void store_symmetric_pairs(__m512i word, uint8_t* to) {
+  alignas(64) static const uint16_t table[32] = {
+      0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000,
+      0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040,
+      0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0};
+  constexpr int HALF_WORD = PAIR / 2 * 2, SHIFT = PAIR % 2 * 8;  // in bytes, in bits
+  const __m128i twice = _mm_add_epi8(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13), _mm_set1_epi8(HALF_WORD));
+  const __m512i halves = _mm512_shuffle_epi8(word, _mm512_broadcast_i32x4(twice));
+  const __m512i codes = _mm512_srlv_epi16(halves, _mm512_set1_epi32(SHIFT | (SHIFT + 4) << 16));
+  V::store(to, _mm512_permutexvar_epi16(codes, _mm512_load_si512(table)));
+  if constexpr (PAIR < 3) store_symmetric_pairs<PAIR + 1>(word, to + BLOCK * 4);
+}
+
 template <int BITS>
 void pack_bf16_bits(const Weight& w, int64_t block, uint8_t* panel) {
   constexpr int CODES = 32 / BITS;  // of a word
@@ -35,6 +50,10 @@ void pack_bf16_bits(const Weight& w, int64_t block, uint8_t* panel) {
   float* scales = (float*)(panel + depth * BLOCK * 2);
   const int32_t* zeros = (const int32_t*)(scales + w.groups * BLOCK);
   pack_scales(w, block, scales);
+  if (BITS == 4 && !w.zero)
+    return each_word(w, block, [&](int column, int64_t i, V::I word) __attribute__((always_inline)) {
+      store_symmetric_pairs(word, panel + (i * (CODES / 2) * BLOCK + column) * 4);
+    });
   each_word(w, block, [&](int column, int64_t i, V::I word) __attribute__((always_inline)) {
     __m512i zero = V::set((1 << (BITS - 1)) * 0x10001);
     if (w.zero) {

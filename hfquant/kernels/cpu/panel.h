@@ -83,13 +83,22 @@ INLINE void each_word(const Weight& w, int64_t block, const Store& store) {
 
 // Scales [groups, BLOCK] and, unless the weight is symmetric, zero points [groups, BLOCK] of a block, one after the other.
 INLINE void pack_scales(const Weight& w, int64_t block, float* scales) {
-  int32_t* zeros = (int32_t*)(scales + w.groups * BLOCK);
-  for (int i = 0; i < BLOCK; i++) {
-    const int64_t row = row_of_block(w, block, i);
-    for (int64_t g = 0; g < w.groups; g++) {
-      scales[g * BLOCK + i] = float_of(uint32_t(w.scale[row * w.groups + g]) << 16);
-      if (w.zero) zeros[g * BLOCK + i] = zero_point(w, row, g);
+  for (int column = 0; column < BLOCK; column += V::LANES) {
+    int64_t rows[V::LANES];
+    for (int i = 0; i < V::LANES; i++) rows[i] = row_of_block(w, block, column + i);
+    V::I pair[V::LANES];  // of bfloat16 scales
+    for (int64_t first = 0; first < w.groups; first += 2 * V::LANES) {
+      V::transpose((const uint8_t*)(w.scale + first), w.groups * 2, rows, (w.groups - first) * 2, pair);
+      for (int64_t g = first; g < w.groups && g < first + 2 * V::LANES; g++) {
+        const V::I both = pair[(g - first) / 2];
+        V::store(scales + g * BLOCK + column, g % 2 ? V::high_half(both) : V::times256(V::times256(both)));
+      }
     }
+  }
+  int32_t* zeros = (int32_t*)(scales + w.groups * BLOCK);
+  for (int i = 0; w.zero && i < BLOCK; i++) {
+    const int64_t row = row_of_block(w, block, i);
+    for (int64_t g = 0; g < w.groups; g++) zeros[g * BLOCK + i] = zero_point(w, row, g);
   }
 }
 

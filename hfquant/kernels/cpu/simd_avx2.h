@@ -50,6 +50,7 @@ struct V {
   static INLINE I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
   static INLINE I mul(I a, I b) { return _mm256_mullo_epi32(a, b); }
   static INLINE I times256(I v) { return _mm256_slli_epi32(v, 8); }
+  static INLINE I high_half(I v) { return _mm256_and_si256(v, _mm256_set1_epi32(int(0xFFFF0000))); }
   static INLINE int32_t total(I v) {
     __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));

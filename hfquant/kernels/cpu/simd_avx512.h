@@ -33,6 +33,7 @@ struct V {
   static INLINE I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
   static INLINE I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
   static INLINE I times256(I v) { return _mm512_slli_epi32(v, 8); }
+  static INLINE I high_half(I v) { return _mm512_and_si512(v, _mm512_set1_epi32(int(0xFFFF0000))); }
   static INLINE int32_t total(I v) { return _mm512_reduce_add_epi32(v); }
   // The totals of four vectors.
   static INLINE void totals(const I (&v)[4], int32_t* out) {

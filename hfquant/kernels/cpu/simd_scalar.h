@@ -58,6 +58,7 @@ struct V {
   static INLINE I sub(I a, I b) LANEWISE(I, wrap(int64_t(a.v[i]) - b.v[i]))
   static INLINE I mul(I a, I b) LANEWISE(I, wrap(int64_t(a.v[i]) * b.v[i]))
   static INLINE I times256(I v) LANEWISE(I, wrap(int64_t(v.v[i]) * 256))
+  static INLINE I high_half(I v) LANEWISE(I, int32_t(uint32_t(v.v[i]) & 0xFFFF0000u))
   static INLINE int32_t total(I v) { return wrap(int64_t(v.v[0]) + v.v[1] + v.v[2] + v.v[3]); }
 
   static INLINE F to_float(I v) LANEWISE(F, float(v.v[i]))
