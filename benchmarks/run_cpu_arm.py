@@ -1,21 +1,25 @@
 """One arm of ``cpu_models.py``: a process that holds one model and measures whenever it is told to.
 
 It runs in the interpreter of any environment and needs of it only what its engine needs. The argument is a JSON object:
-``engine`` (transformers, torchao, bitsandbytes, llama.cpp, vllm, onnxruntime), ``path``, ``dtype``, ``compile``,
-``threads``, ``vocabulary``, ``tasks`` and ``onnx``, a folder for exports. It prints ``{"ready": ...}`` and then, for
-each line it reads, an object of seconds by task:
+``engine`` (transformers, torchao, zentorch, bitsandbytes, llama.cpp, vllm, onnxruntime), ``path``, ``dtype``,
+``compile``, ``threads``, ``vocabulary``, ``tasks`` and ``onnx``, a folder for exports. It prints ``{"ready": ...}``,
+and for each line it reads, an object of seconds by task:
 
     decode       median over the tokens of one greedy continuation, each a forward of one token and its argmax
     prefill      a forward of many tokens, logits of the last one
     encode       a forward of a batch of sequences of one length
+    layers       the linear layers of a decoder alone, in their order, on rows of random activations
 """
 
 import contextlib
+import ctypes
+import functools
 import json
 import os
 import statistics
 import sys
 import time
+from typing import ClassVar
 
 
 class Transformers:
@@ -41,7 +45,13 @@ class Transformers:
             torch._dynamo.config.allow_unspec_int_on_nn_module = True
             # Nothing about the model changes: without this, checking that takes up to a fifth of a token's time.
             options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-            self.forward = torch.compile(self.model.forward, dynamic=False, options=options)
+            if spec["engine"] == "zentorch":
+                import zentorch  # noqa: F401 (it registers a backend)
+
+                options = {"backend": "zentorch"}
+            else:
+                options = {"options": options}
+            self.forward = torch.compile(self.model.forward, dynamic=False, **options)
 
     def quantize_with_torchao(self, encoder):
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
@@ -78,6 +88,42 @@ class Transformers:
             start = time.perf_counter()
             self.forward(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             return time.perf_counter() - start
+
+    def layers(self, rows, repeat):
+        calls = self.layer_calls(rows)
+        with self.torch.inference_mode():
+            times = []
+            for _ in range(repeat):
+                start = time.perf_counter()
+                for call in calls:
+                    call()
+                times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    def layer_calls(self, rows):
+        """The ops that a packed model runs for its linear layers, with all that is in them; float layers one by one."""
+        torch, partial = self.torch, functools.partial
+        linears = [m for m in self.model.modules() if hasattr(m, "in_features") and not hasattr(m, "embedding_dim")]
+        inputs = {m.in_features: torch.randn(1, rows, m.in_features, dtype=self.model.dtype) for m in linears}
+        if "hfquant" not in sys.modules:
+            return [partial(m, inputs[m.in_features]) for m in linears]
+        from hfquant.kernels.gated_mlp import NATIVE as NATIVE_MLP
+        from hfquant.kernels.rotated_heads import NATIVE as NATIVE_HEADS
+        from hfquant.nn.fused import SETTINGS, packed_arguments
+
+        calls = []
+        with torch.no_grad():
+            for layer in self.model.model.layers:
+                attention, mlp, x = layer.self_attn, layer.mlp, inputs[layer.mlp.gate_proj.in_features]
+                size = vars(attention)[SETTINGS][0]
+                angles = torch.ones(1, rows, size), torch.zeros(1, rows, size)
+                *heads, layouts = packed_arguments((attention.q_proj, attention.k_proj, attention.v_proj))
+                calls.append(partial(NATIVE_HEADS, x, *heads, *angles, layouts, size))
+                calls.append(partial(attention.o_proj, inputs[attention.o_proj.in_features]))
+                packed = packed_arguments((mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+                calls.append(partial(NATIVE_MLP, x, *packed, vars(mlp)[SETTINGS]))
+        head = self.model.lm_head
+        return [*calls, partial(head, inputs[head.in_features])]
 
     def encode(self, batch, length, repeat):
         ids = self.ids(batch, length)
@@ -125,6 +171,104 @@ class LlamaCpp:
         start = time.perf_counter()
         self.model.eval(list(range(10, 10 + prompt)))
         return time.perf_counter() - start
+
+
+class Ggml:
+    """The products of a model's linear layers in llama.cpp's library, in the layout that it chooses for them."""
+
+    TYPES: ClassVar = {"Q4_0": 2, "Q8_0": 8}
+    FLOAT32 = 0
+
+    def __init__(self, spec):
+        """Quantize random weights, each layer's its own, and build the graph for one row."""
+        import llama_cpp
+        import numpy
+
+        folder = os.path.join(os.path.dirname(llama_cpp.__file__), "lib")
+        self.base, self.cpu, self.all = (ctypes.CDLL(f"{folder}/libggml{n}.so") for n in ("-base", "-cpu", ""))
+        pointer, size = ctypes.c_void_p, ctypes.c_size_t
+        signatures = {
+            "ggml_init": ([Parameters], pointer),
+            "ggml_new_tensor_2d": ([pointer, ctypes.c_int, ctypes.c_int64, ctypes.c_int64], pointer),
+            "ggml_mul_mat": ([pointer, pointer, pointer], pointer),
+            "ggml_new_graph": ([pointer], pointer),
+            "ggml_build_forward_expand": ([pointer, pointer], None),
+            "ggml_nbytes": ([pointer], size),
+            "ggml_quantize_chunk": ([ctypes.c_int, pointer, pointer, *[ctypes.c_int64] * 3, pointer], size),
+            "ggml_backend_alloc_ctx_tensors_from_buft": ([pointer, pointer], pointer),
+            "ggml_backend_buft_alloc_buffer": ([pointer, size], pointer),
+            "ggml_backend_tensor_set": ([pointer, pointer, size, size], None),
+            "ggml_backend_dev_supports_op": ([pointer, pointer], ctypes.c_bool),
+            "ggml_backend_dev_backend_reg": ([pointer], pointer),
+            "ggml_backend_reg_get_proc_address": ([pointer, ctypes.c_char_p], pointer),
+            "ggml_backend_graph_compute": ([pointer, pointer], ctypes.c_int),
+            "ggml_backend_cpu_init": ([], pointer),
+            "ggml_backend_cpu_buffer_type": ([], pointer),
+            "ggml_backend_cpu_set_n_threads": ([pointer, ctypes.c_int], None),
+            "ggml_backend_dev_by_type": ([ctypes.c_int], pointer),
+        }
+        self.call = {}
+        for name, (arguments, result) in signatures.items():
+            function = next(getattr(lib, name) for lib in (self.base, self.cpu, self.all) if hasattr(lib, name))
+            function.argtypes, function.restype = arguments, result
+            self.call[name] = function
+        self.backend = self.call["ggml_backend_cpu_init"]()
+        self.call["ggml_backend_cpu_set_n_threads"](self.backend, spec["threads"])
+        self.graph = self.build(spec["shapes"], self.TYPES[spec["type"]], numpy)
+
+    def context(self):
+        return self.call["ggml_init"](Parameters(64 << 20, None, True))
+
+    def build(self, shapes, kind, numpy):
+        call, random = self.call, numpy.random.default_rng(0)
+        weights, activations = self.context(), self.context()
+        rows = {k: call["ggml_new_tensor_2d"](activations, self.FLOAT32, k, 1) for _, k in shapes}
+        tensors = [call["ggml_new_tensor_2d"](weights, kind, k, n) for n, k in shapes]
+        graph = call["ggml_new_graph"](activations)
+        products = [call["ggml_mul_mat"](activations, t, rows[k]) for t, (_, k) in zip(tensors, shapes, strict=True)]
+        for product in products:
+            call["ggml_build_forward_expand"](graph, product)
+        call["ggml_backend_alloc_ctx_tensors_from_buft"](weights, self.buffer_type(tensors[0], products[0]))
+        call["ggml_backend_alloc_ctx_tensors_from_buft"](activations, call["ggml_backend_cpu_buffer_type"]())
+        for tensor, (n, k) in zip(tensors, shapes, strict=True):
+            values = random.standard_normal((n, k), dtype=numpy.float32)
+            packed = numpy.empty(call["ggml_nbytes"](tensor), numpy.uint8)
+            call["ggml_quantize_chunk"](kind, values.ctypes.data, packed.ctypes.data, 0, n, k, None)
+            call["ggml_backend_tensor_set"](tensor, packed.ctypes.data, 0, packed.size)
+        for k, row in rows.items():
+            values = random.standard_normal(k, dtype=numpy.float32)
+            call["ggml_backend_tensor_set"](row, values.ctypes.data, 0, values.nbytes)
+        return graph
+
+    def buffer_type(self, weight, product):
+        """Memory where weights lie as the fastest product of the library wants them; llama.cpp chooses it this way."""
+        call, device = self.call, self.call["ggml_backend_dev_by_type"](0)
+        registry = call["ggml_backend_dev_backend_reg"](device)
+        address = call["ggml_backend_reg_get_proc_address"](registry, b"ggml_backend_dev_get_extra_bufts")
+        offered = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)(device)
+        buffer = ctypes.cast(weight, ctypes.POINTER(ctypes.c_void_p))  # the second field of a tensor
+        for kind in iter(functools.partial(next, iter(offered)), None):
+            buffer[1] = call["ggml_backend_buft_alloc_buffer"](kind, 0)
+            fits = call["ggml_backend_dev_supports_op"](device, product)
+            buffer[1] = None
+            if fits:
+                return kind
+        return call["ggml_backend_cpu_buffer_type"]()
+
+    def layers(self, rows, repeat):
+        assert rows == 1
+        times = []
+        for _ in range(repeat):
+            start = time.perf_counter()
+            self.call["ggml_backend_graph_compute"](self.backend, self.graph)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+
+class Parameters(ctypes.Structure):
+    """``ggml_init_params``."""
+
+    _fields_: ClassVar = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
 
 class Vllm:
@@ -199,7 +343,7 @@ class OnnxRuntime:
         return statistics.median(times)
 
 
-ENGINES = {"llama.cpp": LlamaCpp, "vllm": Vllm, "onnxruntime": OnnxRuntime}
+ENGINES = {"llama.cpp": LlamaCpp, "ggml": Ggml, "vllm": Vllm, "onnxruntime": OnnxRuntime}
 
 
 def main():

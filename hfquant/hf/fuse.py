@@ -8,6 +8,7 @@ from one op.
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,9 @@ UNKNOWN = ("position_bias", "cache", "softcap", "output_attentions")
 
 UNUSED = {"position_ids", "use_cache", "cache_position"}
 """Arguments that decoder layers give their attention, which Llama's makes no use of."""
+
+ARGUMENTS = ["self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values"]
+"""Those that come first in the forward of attention modules, for callers who do not name them."""
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -192,6 +196,7 @@ def _attention_settings(module: nn.Module) -> tuple[int, float] | None:
     layers: list[Any] = [module._modules.get(name) for name in PROJECTIONS]
     whole = ATTENDS in module.__dict__ and not module._parameters and hasattr(module, "config")
     whole = whole and hasattr(module, "layer_idx")
+    whole = whole and list(inspect.signature(type(module).forward).parameters)[: len(ARGUMENTS)] == ARGUMENTS
     if not whole or not all(hasattr(layer, "out_features") for layer in layers):
         return None
     if not isinstance(size, int) or not isinstance(scale, float) or not isinstance(module.layer_idx, int):

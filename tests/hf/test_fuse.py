@@ -180,24 +180,40 @@ class Almost(t.models.llama.modeling_llama.LlamaAttention):
 
     kind = ""
 
-    def forward(self, hidden_states: Tensor, position_embeddings: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         if self.kind == "positions":
             hidden_states = hidden_states * (1 + kwargs["position_ids"][..., None] / 1000)
         if self.kind == "no rotation":
             position_embeddings = torch.ones_like(position_embeddings[0]), torch.zeros_like(position_embeddings[1])
-        if self.kind == "no mask":
-            kwargs["attention_mask"] = None
-        if self.kind == "no cache":
-            kwargs["past_key_values"] = None
-        out, weights = super().forward(hidden_states, position_embeddings, **kwargs)
+        mask = None if self.kind == "no mask" else attention_mask
+        cache = None if self.kind == "no cache" else past_key_values
+        out, weights = super().forward(hidden_states, position_embeddings, mask, cache, **kwargs)
         return (out * 2 if self.kind == "factor" else out), weights
 
 
-@pytest.mark.parametrize("kind", ["", "positions", "no rotation", "no mask", "no cache", "factor", "scale", "norm"])
+class Reordered(Almost):
+    """The same with arguments in another order, which callers may rely on."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Any = None, position_embeddings: Any = None, **kwargs: Any
+    ) -> Any:
+        return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "kind", ["", "positions", "no rotation", "no mask", "no cache", "factor", "order", "scale", "norm"]
+)
 def test_only_attention_as_in_llama_gets_one_op(kind: str) -> None:
     plain = build("llama")
     attention = plain.model.layers[1].self_attn
-    attention.__class__, attention.kind = Almost, kind
+    attention.__class__, attention.kind = Reordered if kind == "order" else Almost, kind
     if kind == "norm":
         attention.q_norm = nn.LayerNorm(8)
         attention.q_proj.register_forward_hook(lambda *_: None)
