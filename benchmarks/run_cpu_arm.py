@@ -174,7 +174,7 @@ class LlamaCpp:
 
 
 class Ggml:
-    """The products of a model's linear layers in llama.cpp's library, in the layout that it chooses for them."""
+    """The products of a model's linear layers in llama.cpp's library, in whichever of its layouts is the faster."""
 
     TYPES: ClassVar = {"Q4_0": 2, "Q8_0": 8}
     FLOAT32 = 0
@@ -214,12 +214,14 @@ class Ggml:
             self.call[name] = function
         self.backend = self.call["ggml_backend_cpu_init"]()
         self.call["ggml_backend_cpu_set_n_threads"](self.backend, spec["threads"])
-        self.graph = self.build(spec["shapes"], self.TYPES[spec["type"]], numpy)
+        self.graphs = [
+            self.build(spec["shapes"], self.TYPES[spec["type"]], numpy, laid_out) for laid_out in (False, True)
+        ]
 
     def context(self):
         return self.call["ggml_init"](Parameters(64 << 20, None, True))
 
-    def build(self, shapes, kind, numpy):
+    def build(self, shapes, kind, numpy, laid_out):
         call, random = self.call, numpy.random.default_rng(0)
         weights, activations = self.context(), self.context()
         rows = {k: call["ggml_new_tensor_2d"](activations, self.FLOAT32, k, 1) for _, k in shapes}
@@ -228,8 +230,10 @@ class Ggml:
         products = [call["ggml_mul_mat"](activations, t, rows[k]) for t, (_, k) in zip(tensors, shapes, strict=True)]
         for product in products:
             call["ggml_build_forward_expand"](graph, product)
-        call["ggml_backend_alloc_ctx_tensors_from_buft"](weights, self.buffer_type(tensors[0], products[0]))
-        call["ggml_backend_alloc_ctx_tensors_from_buft"](activations, call["ggml_backend_cpu_buffer_type"]())
+        plain = call["ggml_backend_cpu_buffer_type"]()
+        memory = self.buffer_type(tensors[0], products[0]) if laid_out else plain
+        call["ggml_backend_alloc_ctx_tensors_from_buft"](weights, memory or plain)
+        call["ggml_backend_alloc_ctx_tensors_from_buft"](activations, plain)
         for tensor, (n, k) in zip(tensors, shapes, strict=True):
             values = random.standard_normal((n, k), dtype=numpy.float32)
             packed = numpy.empty(call["ggml_nbytes"](tensor), numpy.uint8)
@@ -241,7 +245,7 @@ class Ggml:
         return graph
 
     def buffer_type(self, weight, product):
-        """Memory where weights lie as the fastest product of the library wants them; llama.cpp chooses it this way."""
+        """Memory where the library lays weights out anew, as llama.cpp does; ``None`` if it has none for these."""
         call, device = self.call, self.call["ggml_backend_dev_by_type"](0)
         registry = call["ggml_backend_dev_backend_reg"](device)
         address = call["ggml_backend_reg_get_proc_address"](registry, b"ggml_backend_dev_get_extra_bufts")
@@ -253,16 +257,17 @@ class Ggml:
             buffer[1] = None
             if fits:
                 return kind
-        return call["ggml_backend_cpu_buffer_type"]()
+        return None
 
     def layers(self, rows, repeat):
         assert rows == 1
-        times = []
+        times = {graph: [] for graph in self.graphs}
         for _ in range(repeat):
-            start = time.perf_counter()
-            self.call["ggml_backend_graph_compute"](self.backend, self.graph)
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+            for graph, taken in times.items():
+                start = time.perf_counter()
+                self.call["ggml_backend_graph_compute"](self.backend, graph)
+                taken.append(time.perf_counter() - start)
+        return min(map(statistics.median, times.values()))
 
 
 class Parameters(ctypes.Structure):
