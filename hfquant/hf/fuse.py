@@ -83,10 +83,10 @@ class FusedAttention(Fused):
         return output(out.reshape(*hidden_states.shape[:-1], -1)), None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        scale = self.__dict__[SETTINGS][1]
+        scale, causal = self.scaling, mask is None and q.size(2) > 1 and getattr(self, "is_causal", True)
         if not torch.compiler.is_compiling():  # a compiled op cannot be tried
             try:
-                out: Tensor = NATIVE_ATTENTION(q, k, v, mask, scale, mask is None and q.size(2) > 1)
+                out: Tensor = NATIVE_ATTENTION(q, k, v, mask, scale, causal)
                 return out
             except RuntimeError:  # what the kernel does not take
                 pass
@@ -114,7 +114,7 @@ class FusedAttention(Fused):
 def _is_ours(module: Any, kwargs: dict[str, Any]) -> bool:
     """Whether ``module`` would call the attention function that is wrapped here, and with nothing that we know not."""
     for name, value in kwargs.items():
-        if name not in UNUSED and value is not None and value is not False:
+        if name not in UNUSED and value is not None and (value is not False or name == "is_causal"):
             return False
     # The property of Transformers takes longer than some layers.
     chosen = module.config.__dict__.get("_attn_implementation_internal")

@@ -229,6 +229,20 @@ def test_only_attention_as_in_llama_gets_one_op(kind: str) -> None:
         assert torch.equal(logits(model, input_ids=IDS), found)
 
 
+def test_attention_may_become_bidirectional() -> None:
+    model = quantized(quantization_type="weight_only")
+    causal = logits(model, input_ids=IDS)
+    with layers_one_by_one(model):
+        expected = logits(model, input_ids=IDS, is_causal=False)
+    assert torch.equal(logits(model, input_ids=IDS, is_causal=False), expected)
+    for module in attention_modules(model):
+        module.is_causal = False
+    found = logits(model, input_ids=IDS)
+    assert not torch.equal(found, causal)
+    with layers_one_by_one(model):
+        assert torch.equal(logits(model, input_ids=IDS), found)
+
+
 def test_probing_leaves_no_trace() -> None:
     model = quantized()
     unfuse_modules_(model)
