@@ -20,6 +20,10 @@ def layer_schema(name: str) -> str:
     return ", ".join((f"Tensor {name}", f"Tensor {name}_scale", *optional))
 
 
+PRECISION = sum(8 << 8 * index for index in range(3))
+"""What each step of ``native.float32_precision()`` adds to ``layouts``."""
+
+
 def layout_of(bits: int, *, dynamic: bool, asymmetric: bool) -> int:
     """How a layer is quantized, in a byte."""
     return (bits == 4) | dynamic << 1 | (dynamic and asymmetric) << 2

@@ -12,6 +12,8 @@ Arguments:
     bias: ``[N]``, cast to the dtype of ``x``, or ``None``.
     dynamic: Quantize activations to INT8 with one scale per row.
     asymmetric: With ``dynamic``: rows have a zero point too.
+    precision: Of float32 activations that are not quantized, ``native.float32_precision()``; other implementations
+        than the native one leave it to torch.
 
 Returns ``[..., N]`` in the dtype of ``x``, under autocast too. The gradient of ``x`` is ``grad @ dequantize(weight)``,
 straight through the rounding of activations (Bengio et al. 2013, https://arxiv.org/abs/1308.3432); packed weights
@@ -33,7 +35,7 @@ from hfquant.numerics.packing import packed_length
 
 _ARGUMENTS = (
     "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? input_scale, Tensor? bias, "
-    "bool dynamic, bool asymmetric) -> Tensor"
+    "bool dynamic, bool asymmetric, int precision=0) -> Tensor"
 )
 
 
@@ -49,6 +51,7 @@ def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> 
         bias: Tensor | None,
         dynamic: bool,
         asymmetric: bool,
+        precision: int = 0,  # torch leaves out what is the default
     ) -> Tensor:
         _check_activations(x, weight, name, bits)
         if x.device.type == "cpu":
@@ -56,7 +59,9 @@ def define_linear(name: str, reference: Callable[..., Tensor], *, bits: int) -> 
         bias = None if bias is None else bias.to(x.dtype)
         # Autocast would round the exact integer products to bfloat16 and return another dtype than promised.
         with torch.autocast(x.device.type, enabled=False):
-            out: Tensor = run(name, x, weight, weight_scale, zero_point, input_scale, bias, dynamic, asymmetric)
+            out: Tensor = run(
+                name, x, weight, weight_scale, zero_point, input_scale, bias, dynamic, asymmetric, precision
+            )
             return out
 
     def fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -82,7 +87,7 @@ def _register_gradient(name: str, bits: int) -> None:
             grad_x = grad @ values
         if ctx.has_bias and ctx.needs_input_grad[5]:
             grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
-        return grad_x, None, None, None, None, grad_bias, None, None
+        return grad_x, None, None, None, None, grad_bias, None, None, None
 
     register_autograd(name, backward, setup_context)
 
@@ -113,7 +118,8 @@ def _with_short_cut(name: str, bits: int) -> Callable[..., Tensor]:
         else:
             fits = native.is_active() and _is_native(x, weight, weight_scale, weight_zero_point, bias, bits)
             chosen = native_op if fits else op
-        out: Tensor = chosen(x, weight, weight_scale, weight_zero_point, input_scale, bias, dynamic, asymmetric)
+        tensors, precision = (x, weight, weight_scale, weight_zero_point, input_scale, bias), native.float32_precision()
+        out: Tensor = chosen(*tensors, dynamic, asymmetric, precision)
         return out
 
     return call

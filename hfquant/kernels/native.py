@@ -23,6 +23,8 @@ FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
 MAX_IN_FEATURES = 1 << 16
 """Longest row whose sum of products stays within int32."""
 
+_PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
+
 _library: ctypes.CDLL | None = None
 _active: str | None = None
 _reason = ""
@@ -89,6 +91,17 @@ def selected(choice: str) -> Iterator[None]:
         yield
     finally:
         select(before)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def float32_precision() -> int:
+    """How exact float32 activations of weight-only layers are: ``torch.set_float32_matmul_precision`` says it.
+
+    Returns:
+        0 for "highest", with the error of float32; 1 for "high", 16 bits of the largest value of a group; 2 for
+        "medium", bfloat16 where the processor multiplies it and there are many rows, else as 1.
+    """
+    return _PRECISIONS[torch._C._get_float32_matmul_precision()]
 
 
 def _library_file() -> Path | None:

@@ -21,7 +21,7 @@ from hfquant.kernels.activated_linear import NATIVE as NATIVE_ACTIVATED
 from hfquant.kernels.gated_mlp import NATIVE as NATIVE_MLP
 from hfquant.kernels.gated_product import GATES, gated_product
 from hfquant.kernels.gated_product.reference import gate_reference, gated_product_reference
-from hfquant.kernels.layers import layout_of
+from hfquant.kernels.layers import PRECISION, layout_of
 from hfquant.kernels.linear_op import weight_fits_native
 from hfquant.kernels.rms_norm import NATIVE as NATIVE_NORM, rms_norm
 from hfquant.kernels.rms_norm.reference import rms_norm_reference
@@ -131,7 +131,7 @@ def packed_arguments(layers: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if torch.is_grad_enabled() or _has_any_global_hook():
         return None
     tensors: list[Tensor | None] = []
-    layouts = 0
+    layouts = native.float32_precision() * PRECISION
     for index, layer in enumerate(layers):
         if (
             type(layer) is not QuantLinear

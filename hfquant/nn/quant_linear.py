@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from hfquant.kernels import native
 from hfquant.kernels.int4_linear import int4_linear
 from hfquant.kernels.int8_linear import int8_linear
 from hfquant.kernels.linear_op import ShortCut
@@ -61,8 +62,10 @@ class QuantLinear(PackedModule, nn.Linear):
         ):
             dynamic = activation is not None and activation.dynamic
             arguments = (get("weight"), get("weight_scale"), get("weight_zero_point"), get("input_scale"), get("bias"))
+            asymmetric = dynamic and not activation.symmetric  # type: ignore[union-attr]
+            precision = native.float32_precision() if activation is None else 0
             try:
-                out: Tensor = short_cut.op(x, *arguments, dynamic, dynamic and not activation.symmetric)  # type: ignore[union-attr]
+                out: Tensor = short_cut.op(x, *arguments, dynamic, asymmetric, precision)
                 return out
             except RuntimeError:  # layouts and groups that the kernels do not take
                 pass

@@ -24,7 +24,7 @@ from hfquant.numerics.affine import code_range, round_scale, scale_to_bits
 from hfquant.numerics.packing import pack
 from tests.support.linear_case import DTYPES, INTEGER_KINDS, KINDS, LinearCase
 from tests.support.packed import pack_
-from tests.support.tolerance import GRADIENT_FACTOR, assert_close
+from tests.support.tolerance import GRADIENT_FACTOR, PRECISION_ERRORS, assert_close
 
 
 SETS = [name for name, usable in native.instruction_sets().items() if usable]
@@ -83,6 +83,49 @@ def test_sums_of_small_integers_in_bfloat16_are_exact(bits: int, symmetric: bool
         assert torch.equal(case.run(x, "weight_only"), exact.bfloat16())
         columns = torch.empty(k, m, dtype=torch.bfloat16).T.copy_(x)
         assert torch.equal(case.run(columns, "weight_only"), exact.bfloat16())
+
+
+@pytest.fixture
+def restored_precision() -> object:
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("instruction_set", "restored_precision")
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, None), (8, None), (8, 32)])
+def test_float32_layers_heed_the_precision_that_torch_is_set_to(bits: int, group: int | None, symmetric: bool) -> None:
+    for m in (1, 3, 8, 27):
+        case = LinearCase(m, 288, 40, bits, group, symmetric)
+        case.x[:1, :1] = 1  # without the outlier
+        oracle, found, quantized = case.oracle("weight_only"), {}, case.run(case.x, "dynamic")
+        for precision, allowed in PRECISION_ERRORS.items():
+            torch.set_float32_matmul_precision(precision)
+            found[precision] = case.run(case.x, "weight_only", bias=case.bias)
+            assert float((found[precision].double() - oracle).abs().max()) <= allowed * float(oracle.abs().max())
+            assert torch.equal(case.run(case.x, "dynamic"), quantized)
+        assert not torch.equal(found["highest"], found["high"])
+
+
+@pytest.mark.usefixtures("restored_precision")
+def test_modules_heed_the_precision_compiled_or_not() -> None:
+    module, x = pack_(nn.Linear(96, 40), "int8-channel"), torch.randn(20, 96)
+    values = nn.Linear(96, 40).requires_grad_(False)
+    values.weight.copy_(dequantize_weight(*module.packed(), bits=8, in_features=96, dtype=torch.float32))
+    values.bias.copy_(module.bias.detach())
+    oracle, compiled = values.double()(x.double()), torch.compile(module, fullgraph=True)
+    errors = []
+    for precision, allowed in PRECISION_ERRORS.items():
+        torch.set_float32_matmul_precision(precision)
+        torch.compiler.reset()
+        with torch.no_grad():
+            found = module(x)
+            assert torch.equal(found, compiled(x))
+        assert torch.equal(found, module(x).detach())
+        errors.append(float((found.double() - oracle).abs().max() / oracle.abs().max()))
+        assert errors[-1] <= allowed
+    assert errors[0] < errors[1] <= errors[2]
 
 
 @pytest.mark.usefixtures("instruction_set")

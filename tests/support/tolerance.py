@@ -16,6 +16,9 @@ GRADIENT_FACTOR = 3.0
 FLOORS = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 """Of the largest oracle value: a few float32 roundings, or half a unit in the last place of the result's dtype."""
 
+PRECISION_ERRORS = {"highest": 1e-6, "high": 2**-13, "medium": 2**-7}
+"""``torch.set_float32_matmul_precision`` -> largest error of a weight-only layer in float32, of the largest result."""
+
 SAME_VALUES = {"rtol": 1e-5, "atol": 1e-6}
 """Float32 results of the same values added up in another order."""
 

@@ -3,29 +3,33 @@
 
 namespace {
 
-// Two codes of each of 16 rows, in the low bits of 16, less their zero points, as bfloat16.
-template <int BITS>
-INLINE __m512i bf16_of_codes(__m512i codes, __m512i zeros) {
-  const __m512i values = _mm512_sub_epi16(_mm512_and_si512(codes, _mm512_set1_epi16((1 << BITS) - 1)), zeros);
-  if (BITS == 4) {  // -15 to 15: a table of 32, indexed by the low five bits
-    alignas(64) static const uint16_t table[32] = {
-        0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120,
-        0x4130, 0x4140, 0x4150, 0x4160, 0x4170, 0xC180, 0xC170, 0xC160, 0xC150, 0xC140, 0xC130,
-        0xC120, 0xC110, 0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80};
-    return _mm512_permutexvar_epi16(values, _mm512_load_si512(table));
+// Pairs of INT8 codes of a word, less their zero points, as bfloat16: one vector each, to `to` and on.
+INLINE void store_byte_pairs(V::I word, V::F zeros, uint8_t* to) {
+  // In the lowest bits of a float of 2**23, or in bits 8 to 15 of one of 2**15, a byte counts as it is.
+  const V::F first = V::addf(zeros, V::setf(0x1p23f)), second = V::addf(zeros, V::setf(0x1p15f));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    const __m512i two = i ? _mm512_srli_epi32(word, 16) : word;
+    const __m512i a = _mm512_ternarylogic_epi32(two, V::set(0xFF), V::set(0x4B000000), 0xEA);  // two & mask | float
+    const __m512i b = _mm512_ternarylogic_epi32(two, V::set(0xFF00), V::set(0x47000000), 0xEA);
+    const __m512i low = _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(a), first));
+    const __m512i high = _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(b), second));
+    V::store(to + i * BLOCK * 4, _mm512_or_si512(_mm512_srli_epi32(low, 16), high));  // the lower halves are zero
   }
-  const __m512 low = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(values, 16), 16));
-  const __m512 high = _mm512_cvtepi32_ps(_mm512_srai_epi32(values, 16));
-  return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high));
 }
 
-// Pairs of codes of a word, one vector each, to `to` and on.
-template <int BITS, int PAIR = 0>
-INLINE void store_pairs(__m512i word, __m512i zeros, uint8_t* to) {
-  constexpr int FIRST = 2 * PAIR * BITS, SECOND = (FIRST + BITS + 16) % 32;  // right rotations, into bits 0 and 16
+// The same of INT4 codes; zero points are in both halves of a word.
+template <int PAIR = 0>
+INLINE void store_pairs(V::I word, V::I zeros, uint8_t* to) {
+  alignas(64) static const uint16_t table[32] = {  // of -15 to 15, by the low five bits
+      0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120,
+      0x4130, 0x4140, 0x4150, 0x4160, 0x4170, 0xC180, 0xC170, 0xC160, 0xC150, 0xC140, 0xC130,
+      0xC120, 0xC110, 0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80};
+  constexpr int FIRST = 8 * PAIR, SECOND = (FIRST + 4 + 16) % 32;  // right rotations, into bits 0 and 16
   const __m512i codes = _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_ror_epi32(word, FIRST), _mm512_ror_epi32(word, SECOND));
-  V::store(to, bf16_of_codes<BITS>(codes, zeros));
-  if constexpr (PAIR + 1 < 16 / BITS) store_pairs<BITS, PAIR + 1>(word, zeros, to + BLOCK * 4);
+  const __m512i values = _mm512_sub_epi16(V::low(codes), zeros);
+  V::store(to, _mm512_permutexvar_epi16(values, _mm512_load_si512(table)));
+  if constexpr (PAIR < 3) store_pairs<PAIR + 1>(word, zeros, to + BLOCK * 4);
 }
 
 // The same for INT4 with zero points of 8: whatever the bits above a code, the low five choose its value from a table.
@@ -50,23 +54,24 @@ void pack_bf16_bits(const Weight& w, int64_t block, uint8_t* panel) {
   float* scales = (float*)(panel + depth * BLOCK * 2);
   const int32_t* zeros = (const int32_t*)(scales + w.groups * BLOCK);
   pack_scales(w, block, scales);
-  if (BITS == 4 && !w.zero)
-    return each_word(w, block, [&](int column, int64_t i, V::I word) __attribute__((always_inline)) {
-      store_symmetric_pairs(word, panel + (i * (CODES / 2) * BLOCK + column) * 4);
-    });
-  each_word(w, block, [&](int column, int64_t i, V::I word) __attribute__((always_inline)) {
-    __m512i zero = V::set((1 << (BITS - 1)) * 0x10001);
-    if (w.zero) {
-      const int64_t group = i / group_words;  // padding behind the last group: activations are zero there
-      const __m512i one = V::load(zeros + (group < w.groups ? group : w.groups - 1) * BLOCK + column);
-      zero = _mm512_or_si512(one, _mm512_slli_epi32(one, 16));
-    }
-    store_pairs<BITS>(word, zero, panel + (i * (CODES / 2) * BLOCK + column) * 4);
-  });
+  const auto store = [&](int column, int64_t i, V::I word) __attribute__((always_inline)) {
+    uint8_t* to = panel + (i * (CODES / 2) * BLOCK + column) * 4;
+    if (!w.zero) return BITS == 4 ? store_symmetric_pairs(word, to) : store_byte_pairs(word, V::setf(128), to);
+    const int64_t group = i / group_words;  // padding behind the last group: activations are zero there
+    const V::I zero = V::load(zeros + (group < w.groups ? group : w.groups - 1) * BLOCK + column);
+    if (BITS == 8) return store_byte_pairs(word, V::to_float(zero), to);
+    store_pairs(word, _mm512_or_si512(zero, _mm512_slli_epi32(zero, 16)), to);
+  };
+  each_word(w, block, store);
 }
 
 void pack_bf16(const Weight& w, int64_t block, uint8_t* panel) {
   w.bits == 4 ? pack_bf16_bits<4>(w, block, panel) : pack_bf16_bits<8>(w, block, panel);
+}
+
+// A tile [K / 2, TILE, 2] from rows [TILE, depth].
+void arrange_bf16(const uint16_t* rows, int64_t depth, uint16_t* out) {
+  transpose_quads<TILE>((const int8_t*)rows, depth * 2, depth / 2, (int8_t*)out);
 }
 
 // Sums of ROWS rows and two vectors of columns over `pairs` pairs of inputs.

@@ -6,7 +6,7 @@ constexpr int64_t MAX_IN_FEATURES = 65536;  // 255 * 128 * 65536 < 2**31: sums o
 
 constexpr int64_t PREFETCH = 8192;  // bytes ahead: the processor's own prefetcher stops at the end of each page
 
-enum Mode { CHANNEL, GROUP, GROUP_ZERO };
+enum Mode { CHANNEL, CHANNEL_ZERO, GROUP, GROUP_ZERO };  // how scales and zero points go; CHANNEL_ZERO: of digits only
 
 // Which scale each lane of each chunk takes: scale `first[chunk] + index[chunk * LANES + lane]`, `count` of them.
 struct Lanes {
@@ -63,6 +63,11 @@ INLINE const uint8_t* unpack_zeros(const Weight& w, int64_t row, uint8_t* out) {
 template <int BITS, int PLANES, int M, int R, Mode MODE, bool SHIFT>
 struct FewRows {
   static constexpr int PARTS = parts_of(BITS, PLANES);
+  static constexpr bool ONE_SCALE = MODE == CHANNEL || MODE == CHANNEL_ZERO;  // of a row of the weight
+  static constexpr bool INTEGER = ONE_SCALE && PLANES == 1;                   // until the end of the row
+  static constexpr bool ZERO = MODE == GROUP_ZERO || MODE == CHANNEL_ZERO;
+  static constexpr int VECTORS = vectors_of(BITS, PLANES, ONE_SCALE), STEP = VECTORS * V::BYTES;
+  static constexpr bool TWO = BITS == 4 || VECTORS == 2;  // vectors of codes, once unpacked
   const Weight& w;
   const int8_t* x[M];       // [PLANES, chunks, chunk]
   const int32_t* sums[M];   // [PARTS, chunks, LANES]
@@ -73,27 +78,33 @@ struct FewRows {
   const float* steps[M];    // scale of each chunk, of float activations
   const int32_t* ones;      // [chunks, LANES]
   V::F shift[M];            // minus the code of zero
+  V::I row_zero[R];         // zero point of a row of the weight, CHANNEL_ZERO
   V::I total[M][R], weights[R];
   V::F value[M][R];
 
   template <bool WHOLE, bool EVEN>
   INLINE void step(int64_t c, const Lanes* lanes, V::I bytes, V::I (&total)[M][R], V::I (&weights)[R],
                    V::F (&value)[M][R]) const {
-    constexpr int CHUNK = V::BYTES * 8 / BITS;
+    constexpr int CHUNK = STEP * 8 / BITS;
     V::I low[R], high[R], zero[R];
     V::F scale[R], sum_of_codes[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-      const uint8_t* p = codes[r] + c * V::BYTES;
-      const V::I v = WHOLE ? V::load(p) : V::load_partial(p, w.row_bytes - c * V::BYTES);
+      const uint8_t* p = codes[r] + c * STEP;
+      const int64_t left = w.row_bytes - c * STEP;
+      const V::I v = WHOLE ? V::load(p) : V::load_partial(p, left);
       V::prefetch(p + PREFETCH);
       low[r] = BITS == 4 ? V::low(v) : v;
       if (BITS == 4) high[r] = V::high(v);
-      if (SHIFT && MODE == CHANNEL) {
-        V::dot(weights[r], low[r], V::set(0x01010101));
-        if (BITS == 4) V::dot(weights[r], high[r], V::set(0x01010101));
+      if (VECTORS == 2) {
+        high[r] = WHOLE ? V::load(p + V::BYTES) : left > V::BYTES ? V::load_partial(p + V::BYTES, left - V::BYTES) : V::zero();
+        V::prefetch(p + V::BYTES + PREFETCH);
       }
-      if (MODE == CHANNEL) continue;
+      if (SHIFT && INTEGER) {
+        V::dot(weights[r], low[r], V::set(0x01010101));
+        if (TWO) V::dot(weights[r], high[r], V::set(0x01010101));
+      }
+      if (ONE_SCALE) continue;
       scale[r] = scales_of<EVEN>(scales[r], *lanes, c, bytes);
       if (MODE == GROUP_ZERO) zero[r] = V::zeros(zeros[r] + lanes->first[c], lanes->count[c], lanes->index + c * V::LANES);
       if (SHIFT) {
@@ -107,13 +118,13 @@ struct FewRows {
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-      if (MODE == CHANNEL) {
+      if (INTEGER) {
         const int8_t* a = x[m] + c * CHUNK;
-        const V::I first = V::load(a), second = BITS == 4 ? V::load(a + V::BYTES) : first;
+        const V::I first = V::load(a), second = TWO ? V::load(a + V::BYTES) : first;
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
           V::dot(total[m][r], low[r], first);
-          if (BITS == 4) V::dot(total[m][r], high[r], second);
+          if (TWO) V::dot(total[m][r], high[r], second);
         }
         continue;
       }
@@ -128,18 +139,18 @@ struct FewRows {
 #pragma GCC unroll 3
         for (int p = part; p < last; p++) {
           const int8_t* a = x[m] + (p * chunks + c) * CHUNK;
-          const V::I first = V::load(a), second = BITS == 4 ? V::load(a + V::BYTES) : first;
+          const V::I first = V::load(a), second = TWO ? V::load(a + V::BYTES) : first;
 #pragma GCC unroll 4
           for (int r = 0; r < R; r++) {
             if (p > part) sum[r] = V::times256(sum[r]);
             V::dot(sum[r], low[r], first);
-            if (BITS == 4) V::dot(sum[r], high[r], second);
+            if (TWO) V::dot(sum[r], high[r], second);
           }
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-          if (MODE == GROUP && PLANES > 1) sum[r] = V::add(sum[r], start);
-          if (MODE == GROUP_ZERO) sum[r] = V::sub(sum[r], V::mul(zero[r], start));
+          if (!ZERO && PLANES > 1) sum[r] = V::add(sum[r], start);
+          if (ZERO) sum[r] = V::sub(sum[r], V::mul(ONE_SCALE ? row_zero[r] : zero[r], start));
           const V::F f = SHIFT ? V::fma(shift[m], sum_of_codes[r], V::to_float(sum[r])) : V::to_float(sum[r]);
           product[r] = part == 0 ? f : V::fma(product[r], V::setf(65536.0f), f);
         }
@@ -148,7 +159,8 @@ struct FewRows {
       const V::F step = V::setf(PLANES == 1 ? 1.0f : steps[m][c] * (PLANES == 2 ? 0x1p-8f : 0x1p-16f));
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++)
-        value[m][r] = V::fma(PLANES == 1 ? product[r] : V::mulf(product[r], step), scale[r], value[m][r]);
+        value[m][r] = ONE_SCALE ? V::fma(product[r], step, value[m][r])
+                                : V::fma(PLANES == 1 ? product[r] : V::mulf(product[r], step), scale[r], value[m][r]);
     }
   }
 
@@ -165,8 +177,8 @@ struct FewRows {
       }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) weights_here[r] = V::zero();
-    const int64_t whole = w.row_bytes / V::BYTES;
-    const bool even = MODE != CHANNEL && lanes->even;
+    const int64_t whole = w.row_bytes / STEP;
+    const bool even = !ONE_SCALE && lanes->even;
     const V::I bytes = even ? V::load(lanes->bytes) : V::zero();
     if (even)
       for (int64_t c = 0; c < whole; c++) step<true, true>(c, lanes, bytes, total_here, weights_here, value_here);
@@ -215,9 +227,10 @@ INLINE void totals(const V::F (&v)[2], float* out) {
 template <int BITS, int PLANES, int M, Mode MODE, bool SHIFT>
 void few_tile(const Weight& w, const Activations& a, int64_t m0, const Streams& streams, int64_t i, const Lanes* lanes,
               float* tile) {
-  constexpr int R = M * PLANES <= V::REGISTERS / 8 ? 4 : 2, CHUNK = V::BYTES * 8 / BITS;
+  using Few = FewRows<BITS, PLANES, M, (M * PLANES <= V::REGISTERS / 8 ? 4 : 2), MODE, SHIFT>;
+  constexpr int R = M * PLANES <= V::REGISTERS / 8 ? 4 : 2, CHUNK = Few::STEP * 8 / BITS;
   const int64_t chunks = (w.in_features + CHUNK - 1) / CHUNK;
-  FewRows<BITS, PLANES, M, R, MODE, SHIFT> rows{w};
+  Few rows{w};
   rows.chunks = chunks;
   rows.ones = a.ones;
   const int32_t* row_sums[M];
@@ -241,22 +254,24 @@ void few_tile(const Weight& w, const Activations& a, int64_t m0, const Streams& 
         rows.codes[r] = w.codes + n[r] * w.row_bytes;
         rows.scales[r] = w.scale + n[r] * w.groups;
         if (MODE == GROUP_ZERO) rows.zeros[r] = unpack_zeros(w, n[r], zeros[r]);
+        if (MODE == CHANNEL_ZERO) rows.row_zero[r] = V::set(zero_point(w, n[r], 0));
       }
       rows.run(lanes);
       int32_t sums[R], sums_of_codes[R];
       float values[R];
-      if (MODE == CHANNEL && SHIFT) totals(rows.weights, sums_of_codes);
+      if (Few::INTEGER && SHIFT) totals(rows.weights, sums_of_codes);
       for (int m = 0; m < M; m++) {
-        MODE == CHANNEL ? totals(rows.total[m], sums) : totals(rows.value[m], values);
+        Few::INTEGER ? totals(rows.total[m], sums) : totals(rows.value[m], values);
         for (int r = 0; r < R; r++) {
           float& out = to[((s + r) * M + m) * Streams::PART];
-          if (MODE == CHANNEL) {
+          const float scale = Few::ONE_SCALE ? float_of(uint32_t(w.scale[n[r]]) << 16) : 1.0f;
+          if (Few::INTEGER) {
             const int64_t zero = zero_point(w, n[r], 0);
             int64_t sum = sums[r] - zero * *row_sums[m];
             if (SHIFT) sum -= code_of_zero[m] * (sums_of_codes[r] - zero * w.in_features);
-            out = float(sum) * float_of(uint32_t(w.scale[n[r]]) << 16) * *rows.steps[m];
+            out = float(sum) * scale * *rows.steps[m];
           } else {
-            out = PLANES == 1 ? values[r] * *rows.steps[m] : values[r];
+            out = values[r] * (PLANES == 1 ? *rows.steps[m] : scale);
           }
         }
       }
@@ -285,7 +300,7 @@ void few_blocks(const Weight& w, const Activations& a, const Output& out, int64_
   constexpr int LARGE = rows_at_once(PLANES, MODE);
   Lanes lanes_of_groups;
   const Lanes* lanes = &lanes_of_groups;
-  if (MODE != CHANNEL) lanes_of_groups.fill(w);
+  if (MODE == GROUP || MODE == GROUP_ZERO) lanes_of_groups.fill(w);
   const Streams streams(first * BLOCK, last * BLOCK < w.rows ? last * BLOCK : w.rows);
   for (int64_t i = 0; i < streams.length; i += Streams::PART)
     for (int64_t m0 = 0; m0 < a.rows; m0 += LARGE) {
@@ -308,14 +323,20 @@ void few_quantized(const Weight& w, const Activations& a, const Output& out, int
          : few_blocks<BITS, 1, GROUP, SHIFT>(w, a, out, first, last);
 }
 
+template <int BITS, int PLANES>
+void few_digits(const Weight& w, const Activations& a, const Output& out, int64_t first, int64_t last) {
+  if (w.groups == 1)
+    return w.zero ? few_blocks<BITS, PLANES, CHANNEL_ZERO, false>(w, a, out, first, last)
+                  : few_blocks<BITS, PLANES, CHANNEL, false>(w, a, out, first, last);
+  w.zero ? few_blocks<BITS, PLANES, GROUP_ZERO, false>(w, a, out, first, last)
+         : few_blocks<BITS, PLANES, GROUP, false>(w, a, out, first, last);
+}
+
 template <int BITS>
 void few_bits(const Weight& w, const Activations& a, const Output& out, int64_t first, int64_t last) {
   if (a.planes == 1 && a.zeros) return few_quantized<BITS, true>(w, a, out, first, last);
   if (a.planes == 1) return few_quantized<BITS, false>(w, a, out, first, last);
-  if (a.planes == 2 && w.zero) return few_blocks<BITS, 2, GROUP_ZERO, false>(w, a, out, first, last);
-  if (a.planes == 2) return few_blocks<BITS, 2, GROUP, false>(w, a, out, first, last);
-  if (w.zero) return few_blocks<BITS, 3, GROUP_ZERO, false>(w, a, out, first, last);
-  few_blocks<BITS, 3, GROUP, false>(w, a, out, first, last);
+  a.planes == 2 ? few_digits<BITS, 2>(w, a, out, first, last) : few_digits<BITS, 3>(w, a, out, first, last);
 }
 
 void few_rows(const Weight& w, const Activations& a, const Output& out, int64_t first, int64_t last) {

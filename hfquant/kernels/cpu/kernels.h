@@ -139,15 +139,22 @@ struct Kernels {
                      const uint8_t* panel);
   // The panel for them: codes without their zero points as bfloat16 [K / 2, BLOCK, 2], scales [groups, BLOCK].
   void (*pack_bf16)(const Weight&, int64_t block, uint8_t* panel);
+  // One tile of activations, from rows [tile, depth].
+  void (*arrange_bf16)(const uint16_t* rows, int64_t depth, uint16_t* out);
 };
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// Codes that one vector of weights holds.
-inline int64_t chunk_of(const Weight& w, int vector_bytes) { return int64_t(vector_bytes) * 8 / w.bits; }
+// Vectors of INT8 weights that meet digits of activations before these are scaled; those of INT4 hold two codes a byte.
+constexpr int vectors_of(int bits, int planes, bool one_scale) { return bits == 8 && planes > 1 && one_scale ? 2 : 1; }
+
+// Codes that are multiplied before sums are scaled.
+inline int64_t chunk_of(const Weight& w, int planes, int vector_bytes) {
+  return int64_t(vector_bytes) * 8 / w.bits * vectors_of(w.bits, planes, w.groups == 1);
+}
 
 // Integers that the products of few rows with all digits need: one holds 8 * 15 * 128 * 65793 (INT4, three digits) or
-// 4 * 255 * 128 * 257 (INT8, two) of the lowest digit; INT8 with three keeps the first digit apart.
+// 8 * 255 * 128 * 257 (INT8, two) of the lowest digit; INT8 with three keeps the first digit apart.
 constexpr int parts_of(int bits, int planes) { return bits == 8 && planes == 3 ? 2 : 1; }
 
 // Inputs of a row of tiles: whole words, so that INT4 has pairs of quads.

@@ -16,6 +16,7 @@ struct LinearCall {
   const float* given;  // static activation scale, or null
   int planes;
   bool asymmetric;  // rows have a code of zero
+  bool bf16;        // activations are bfloat16, or may be rounded to it
   Output out;
   int64_t padded() const { return round_up(w.in_features, 128); }
   int64_t blocks() const { return (w.rows + BLOCK - 1) / BLOCK; }
@@ -29,7 +30,7 @@ struct LinearCall {
   // Whether activations that are arranged for this layer are so for the `other`, which has the same ones.
   bool is_like(const LinearCall& other) const {
     return w.bits == other.w.bits && w.groups == other.w.groups && !w.zero == !other.w.zero && planes == other.planes &&
-           w.in_features == other.w.in_features && asymmetric == other.asymmetric && !given == !other.given &&
+           w.in_features == other.w.in_features && bf16 == other.bf16 && asymmetric == other.asymmetric && !given == !other.given &&
            (!given || *given == *other.given);
   }
 };
@@ -40,7 +41,7 @@ using LinearCalls = std::vector<LinearCall>;  // of layers that share their acti
 
 // What a row of ones has for sums; `natural [padded]` is overwritten.
 int32_t* sums_of_ones(const Weight& w, int8_t* natural, int64_t padded, int64_t chunks, int64_t lanes, Scratch& scratch) {
-  auto* codes = scratch.take<int8_t>(chunks * chunk_of(w, kernels->vector_bytes));
+  auto* codes = scratch.take<int8_t>(chunks * chunk_of(w, 1, kernels->vector_bytes));
   auto* sums = scratch.take<int32_t>(chunks * lanes);
   int32_t row_sum = 0;
   std::memset(natural, 0, padded);
@@ -52,7 +53,7 @@ int32_t* sums_of_ones(const Weight& w, int8_t* natural, int64_t padded, int64_t 
 void few_rows(const LinearCalls& calls) {
   const LinearCall& call = calls[0];
   const Weight& w = call.w;
-  const int64_t rows = call.x.count, chunk = chunk_of(w, kernels->vector_bytes);
+  const int64_t rows = call.x.count, chunk = chunk_of(w, call.planes, kernels->vector_bytes);
   const int64_t chunks = (w.in_features + chunk - 1) / chunk, lanes = kernels->vector_bytes / 4;
   const int64_t steps = call.planes == 1 ? 1 : chunks, row_codes = call.planes * chunks * chunk;
   const int64_t row_lanes = parts_of(w.bits, call.planes) * chunks * lanes;
@@ -151,22 +152,27 @@ void many_rows(const LinearCalls& calls, int64_t start, int64_t rows) {
     });
 }
 
-// Many rows of bfloat16 where the processor multiplies them.
+// Many rows of bfloat16, or of float32 that is rounded to it, where the processor multiplies them.
 void many_bf16_rows(const LinearCalls& calls, int64_t start, int64_t rows) {
   const LinearCall& call = calls[0];
   const Weight& w = call.w;
-  const int64_t tile = kernels->tile, tiles = (rows + tile - 1) / tile, pairs = panel_depth(w) / 2;
-  auto values = buffer<uint16_t>(tiles * tile * pairs * 2);
+  const int64_t tile = kernels->tile, tiles = (rows + tile - 1) / tile, depth = panel_depth(w);
+  auto values = buffer<uint16_t>(tiles * tile * depth);
   parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
-    auto padded = buffer<uint16_t>(pairs * 2), dense = buffer<uint16_t>(w.in_features);
-    std::memset(padded.get(), 0, pairs * 4);
-    for (int64_t m = begin * tile; m < end * tile; m++) {
-      char* to = reinterpret_cast<char*>(values.get() + m / tile * tile * pairs * 2) + m % tile * 4;
-      if (m < rows)
-        std::memcpy(padded.get(), call.x.raw(start + m, reinterpret_cast<char*>(dense.get())), w.in_features * 2);
-      else
-        std::memset(padded.get(), 0, pairs * 4);
-      for (int64_t i = 0; i < pairs; i++) std::memcpy(to + i * tile * 4, padded.get() + 2 * i, 4);
+    auto natural = buffer<uint16_t>(tile * depth), dense = buffer<uint16_t>(2 * w.in_features);
+    std::memset(natural.get(), 0, tile * depth * 2);
+    for (int64_t t = begin; t < end; t++) {
+      for (int64_t m = t * tile; m < (t + 1) * tile; m++) {
+        uint16_t* to = natural.get() + m % tile * depth;
+        const char* row = m < rows ? call.x.raw(start + m, reinterpret_cast<char*>(dense.get())) : nullptr;
+        if (!row)
+          std::memset(to, 0, depth * 2);
+        else if (call.x.type() == Float::bf16)
+          std::memcpy(to, row, w.in_features * 2);
+        else
+          kernels->from_float(reinterpret_cast<const float*>(row), Float::bf16, w.in_features, to);
+      }
+      kernels->arrange_bf16(natural.get(), depth, values.get() + t * tile * depth);
     }
   });
   const Bf16Rows x{rows, values.get()};
@@ -194,7 +200,7 @@ Buffer<float> read_bias(const Tensor& bias, Float type, int64_t count) {
 
 // The tensors of a linear layer: weight, weight_scale, weight_zero_point?, input_scale?, bias?.
 struct Layer {
-  Layer(StableIValue* stack, int bits, bool dynamic, bool asymmetric)
+  Layer(StableIValue* stack, int bits, bool dynamic, bool asymmetric, int64_t precision)
       : codes(Tensor::argument(stack[0])),
         scale(Tensor::argument(stack[1])),
         zero(Tensor::optional(stack[2])),
@@ -202,14 +208,17 @@ struct Layer {
         bias(Tensor::optional(stack[4])),
         bits(bits),
         dynamic(dynamic),
-        asymmetric(asymmetric) {
+        asymmetric(asymmetric),
+        precision(precision) {
     if (given) input_scale = bfloat(*given.data<uint16_t>());
   }
-  // `layout` is 1 for INT4, 2 for dynamic activations, 4 for asymmetric ones, added up.
-  Layer(StableIValue* stack, int64_t layout) : Layer(stack, layout & 1 ? 4 : 8, layout & 2, layout & 4) {}
+  // `layout` is 1 for INT4, 2 for dynamic activations, 4 for asymmetric ones, 8 for each step of precision, added up.
+  Layer(StableIValue* stack, int64_t layout)
+      : Layer(stack, layout & 1 ? 4 : 8, layout & 2, layout & 4, layout >> 3 & 3) {}
   Tensor codes, scale, zero, given, bias;
   const int bits;
   const bool dynamic, asymmetric;
+  const int64_t precision;  // of float32 activations that are not quantized: 0 all, 1 at least 16 bits, 2 bfloat16
   float input_scale = 0;
   Buffer<float> bias_values;
 
@@ -222,9 +231,10 @@ struct Layer {
     require(w.in_features > 0 && w.in_features <= 1 << 16 && (w.groups == 1 || w.in_features / w.groups % (32 / bits) == 0),
             "rows of this length or groups of this size are not for the native kernels");
     if (bias) bias_values = read_bias(bias, x.type(), w.rows);
-    const int planes = given || dynamic ? 1 : x.type() == Float::f32 ? 3 : 2;
-    return {x, w, given ? &input_scale : nullptr, planes, dynamic && !given && asymmetric,
-            {out, x.type(), bias_values.get(), w.rows}};
+    const bool is_float = !given && !dynamic, is_f32 = x.type() == Float::f32;
+    const bool bf16 = is_float && (is_f32 ? precision == 2 : x.type() == Float::bf16);
+    return {x, w, given ? &input_scale : nullptr, !is_float ? 1 : is_f32 && precision == 0 ? 3 : 2,
+            dynamic && !given && asymmetric, bf16, {out, x.type(), bias_values.get(), w.rows}};
   }
 };
 
@@ -232,7 +242,7 @@ void run(const LinearCalls& calls) {
   const Rows& x = calls[0].x;
   if (!x.count || !calls[0].w.rows) return;
   if (x.count <= kernels->few) return few_rows(calls);
-  const bool is_bf16 = calls[0].planes > 1 && x.type() == Float::bf16 && kernels->bf16_tiles;
+  const bool is_bf16 = calls[0].bf16 && kernels->bf16_tiles;
   for (int64_t m = 0; m < x.count; m += ROWS)
     (is_bf16 ? many_bf16_rows : many_rows)(calls, m, std::min(ROWS, x.count - m));
 }
@@ -262,12 +272,12 @@ Tensor apply(const Tensor& x, Layer& layer) {
   return result;
 }
 
-// int4_linear_cpu, int8_linear_cpu(x, weight, weight_scale, weight_zero_point?, input_scale?, bias?, dynamic, asymmetric)
-// -> Tensor
+// int4_linear_cpu, int8_linear_cpu(x, weight, weight_scale, weight_zero_point?, input_scale?, bias?, dynamic, asymmetric,
+// precision) -> Tensor
 template <int BITS>
 void linear(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor x = Tensor::argument(stack[0]);
-  Layer layer(stack + 1, BITS, stack[6] & 1, stack[7] & 1);
+  Layer layer(stack + 1, BITS, stack[6] & 1, stack[7] & 1, int64_t(stack[8]));
   stack[0] = apply(x, layer).result();
 }
 

@@ -187,7 +187,7 @@ INLINE int32_t sum_of(const int8_t* codes, int64_t count) {
 
 void arrange_few(const Weight& w, int planes, const int8_t* natural, int64_t padded, int8_t* codes, int32_t* sums,
                  int32_t* row_sum) {
-  const int64_t chunk = chunk_of(w, V::BYTES), chunks = (w.in_features + chunk - 1) / chunk;
+  const int64_t chunk = chunk_of(w, planes, V::BYTES), chunks = (w.in_features + chunk - 1) / chunk;
   const V::I factor = V::set(w.zero ? 0x01010101 : w.bits == 4 ? 0x08080808 : int32_t(0x80808080));
   *row_sum = sum_of(natural, w.in_features);
   for (int p = 0; p < planes; p++, natural += padded, codes += chunks * chunk)
@@ -196,7 +196,7 @@ void arrange_few(const Weight& w, int planes, const int8_t* natural, int64_t pad
       if (w.bits == 4)
         split_pairs(part, V::BYTES, codes + c * chunk, codes + c * chunk + V::BYTES);
       else
-        memcpy(codes + c * chunk, part, V::BYTES);
+        memcpy(codes + c * chunk, part, chunk);
     }
   if (w.groups == 1 && planes == 1) return;
   codes -= planes * chunks * chunk;

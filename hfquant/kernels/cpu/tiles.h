@@ -156,4 +156,4 @@ void tiles(const Weight& w, const Activations& a, const Output& out, int64_t blo
   extern "C" const Kernels NAME = {TEXT,        V::BYTES,           TILE,     FEW,   quantize_row, to_float, from_float, \
                                    arrange_few, arrange_tile<TILE>, few_rows, tiles, pack_panel,   dequantize_row,       \
                                    grid_row,    grid_gradients, fake_quantize_row, fake_quantize_gradients,              \
-                                   rms_norm_row, gated_row, rotate_row, attention_rows, nullptr, nullptr};
+                                   rms_norm_row, gated_row, rotate_row, attention_rows, nullptr, nullptr, nullptr};

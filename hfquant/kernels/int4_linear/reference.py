@@ -14,6 +14,7 @@ def int4_linear_reference(
     bias: Tensor | None,
     dynamic: bool,
     asymmetric: bool,
+    precision: int = 0,
 ) -> Tensor:
     """See ``hfquant.kernels.int4_linear.int4_linear``."""
     return quant_linear_reference(x, weight, weight_scale, zero_point, input_scale, bias, dynamic, asymmetric, bits=4)

@@ -29,6 +29,7 @@ def int4_linear_triton(
     bias: Tensor | None,
     dynamic: bool,
     asymmetric: bool,
+    precision: int = 0,
 ) -> Tensor:
     """See ``hfquant.kernels.int4_linear.int4_linear``."""
     rows, packed = rows_of(x), PackedWeight(weight, weight_scale, zero_point)

@@ -19,6 +19,7 @@ def int8_linear_reference(
     bias: Tensor | None,
     dynamic: bool,
     asymmetric: bool,
+    precision: int = 0,
 ) -> Tensor:
     """See ``hfquant.kernels.int8_linear.int8_linear``."""
     return quant_linear_reference(x, weight, weight_scale, zero_point, input_scale, bias, dynamic, asymmetric, bits=8)

@@ -178,6 +178,7 @@ def int8_linear_triton(
     bias: Tensor | None,
     dynamic: bool,
     asymmetric: bool,
+    precision: int = 0,
 ) -> Tensor:
     """See ``hfquant.kernels.int8_linear.int8_linear``."""
     rows, packed = rows_of(x), PackedWeight(weight, weight_scale, zero_point)
