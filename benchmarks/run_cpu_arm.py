@@ -37,7 +37,7 @@ class Transformers:
             options |= bitsandbytes_options(spec["bits"])
         encoder = "encode" in next(iter(spec["tasks"].values()))["kind"]
         kind = AutoModel if encoder else AutoModelForCausalLM
-        self.model = kind.from_pretrained(spec["path"], **options).eval()
+        self.model = kind.from_pretrained(spec["path"], **options).eval().requires_grad_(False)
         if spec["engine"] == "torchao":
             self.quantize_with_torchao(encoder)
         self.forward = self.model
@@ -91,22 +91,27 @@ class Transformers:
 
     def layers(self, rows, repeat):
         calls = self.layer_calls(rows)
+        inputs = {size: self.torch.randn(1, rows, size, dtype=self.model.dtype) for size, _ in calls}
+
+        def run(*given):
+            found = (call(dict(zip(inputs, given, strict=True))[size]) for size, call in calls)
+            return [tensor for out in found for tensor in (out if isinstance(out, tuple) else (out,))]
+
         with self.torch.inference_mode():
-            times = []
+            # A graph that runs without Python, as ggml's does.
+            graph, times = self.torch.jit.trace(run, tuple(inputs.values()), check_trace=False), []
             for _ in range(repeat):
                 start = time.perf_counter()
-                for call in calls:
-                    call()
+                graph(*inputs.values())
                 times.append(time.perf_counter() - start)
         return statistics.median(times)
 
     def layer_calls(self, rows):
-        """The ops that a packed model runs for its linear layers, with all that is in them; float layers one by one."""
-        torch, partial = self.torch, functools.partial
-        linears = [m for m in self.model.modules() if hasattr(m, "in_features") and not hasattr(m, "embedding_dim")]
-        inputs = {m.in_features: torch.randn(1, rows, m.in_features, dtype=self.model.dtype) for m in linears}
+        """Inputs and the ops that a packed model runs for its linear layers, with all that is in them; float layers."""
+        torch = self.torch
         if "hfquant" not in sys.modules:
-            return [partial(m, inputs[m.in_features]) for m in linears]
+            linears = [m for m in self.model.modules() if hasattr(m, "in_features") and not hasattr(m, "embedding_dim")]
+            return [(m.in_features, m) for m in linears]
         from hfquant.kernels.gated_mlp import NATIVE as NATIVE_MLP
         from hfquant.kernels.rotated_heads import NATIVE as NATIVE_HEADS
         from hfquant.nn.fused import SETTINGS, packed_arguments
@@ -114,16 +119,16 @@ class Transformers:
         calls = []
         with torch.no_grad():
             for layer in self.model.model.layers:
-                attention, mlp, x = layer.self_attn, layer.mlp, inputs[layer.mlp.gate_proj.in_features]
+                attention, mlp = layer.self_attn, layer.mlp
                 size = vars(attention)[SETTINGS][0]
                 angles = torch.ones(1, rows, size), torch.zeros(1, rows, size)
                 *heads, layouts = packed_arguments((attention.q_proj, attention.k_proj, attention.v_proj))
-                calls.append(partial(NATIVE_HEADS, x, *heads, *angles, layouts, size))
-                calls.append(partial(attention.o_proj, inputs[attention.o_proj.in_features]))
-                packed = packed_arguments((mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-                calls.append(partial(NATIVE_MLP, x, *packed, vars(mlp)[SETTINGS]))
-        head = self.model.lm_head
-        return [*calls, partial(head, inputs[head.in_features])]
+                heads = [*heads, *angles, layouts, size]
+                packed = [*packed_arguments((mlp.gate_proj, mlp.up_proj, mlp.down_proj)), vars(mlp)[SETTINGS]]
+                calls.append((attention.q_proj.in_features, lambda x, given=heads: NATIVE_HEADS(x, *given)))
+                calls.append((attention.o_proj.in_features, attention.o_proj))
+                calls.append((mlp.gate_proj.in_features, lambda x, given=packed: NATIVE_MLP(x, *given)))
+        return [*calls, (self.model.lm_head.in_features, self.model.lm_head)]
 
     def encode(self, batch, length, repeat):
         ids = self.ids(batch, length)
@@ -185,7 +190,8 @@ class Ggml:
         import numpy
 
         folder = os.path.join(os.path.dirname(llama_cpp.__file__), "lib")
-        self.base, self.cpu, self.all = (ctypes.CDLL(f"{folder}/libggml{n}.so") for n in ("-base", "-cpu", ""))
+        # By the names that they know each other by: under another one a library would be loaded twice.
+        self.base, self.cpu, self.all = (ctypes.CDLL(f"{folder}/libggml{n}.so.0") for n in ("-base", "-cpu", ""))
         pointer, size = ctypes.c_void_p, ctypes.c_size_t
         signatures = {
             "ggml_init": ([Parameters], pointer),
