@@ -35,6 +35,8 @@ struct Activations {
   // Codes of zero [M], or null for symmetric activations: every product takes them times the sum of the weights off.
   const int32_t* zeros;
   const int32_t* ones;  // sums of a row of ones [chunks, lanes]; few rows only
+  // The sums of the only row are those of codes less their zero, which is folded into products; few rows, several groups.
+  bool folded = false;
 };
 
 // Rows of bfloat16 as tiles [tiles, K / 2, tile, 2].

@@ -74,9 +74,11 @@ void few_rows(const LinearCalls& calls) {
                          row_sums + m);
   }
   const bool ones = call.asymmetric && w.groups > 1;
-  const Activations a{rows,     call.planes, codes, sums,
-                      row_sums, scale,       call.asymmetric ? zeros : nullptr,
-                      ones ? sums_of_ones(w, natural, call.padded(), chunks, lanes, scratch) : nullptr};
+  Activations a{rows,     call.planes, codes, sums,
+                row_sums, scale,       call.asymmetric ? zeros : nullptr,
+                ones ? sums_of_ones(w, natural, call.padded(), chunks, lanes, scratch) : nullptr};
+  a.folded = ones && rows == 1 && zeros[0] != -128;  // whose negative is no code
+  for (int64_t i = 0; a.folded && i < row_lanes; i++) sums[i] -= zeros[0] * a.ones[i];
   int64_t blocks = 0;
   for (const LinearCall& each : calls) blocks += each.blocks();
   // Less than this many bytes of weights for a thread cost more to hand over than to multiply.

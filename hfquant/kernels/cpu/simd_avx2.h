@@ -100,10 +100,16 @@ struct V {
     return _mm256_permutevar8x32_ps(_mm256_castsi256_ps(bits), load(index));
   }
   static constexpr bool SHUFFLES = true;
-  // Bytes of eight that are chosen by `bytes`, as floats.
-  static INLINE F shuffle(uint64_t eight, I bytes) {
-    return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_set1_epi64x(int64_t(eight)), bytes));
+  // 2, 4 or 8 bytes, over and over.
+  template <int COUNT>
+  static INLINE I repeated(const void* p) {
+    int64_t v = 0;
+    memcpy(&v, p, COUNT);
+    if (COUNT == 2) return _mm256_set1_epi16(int16_t(v));
+    return COUNT == 4 ? _mm256_set1_epi32(int32_t(v)) : _mm256_set1_epi64x(v);
   }
+  // Bytes that are chosen by `bytes` from each 16, as floats.
+  static INLINE F shuffle(I v, I bytes) { return _mm256_castsi256_ps(_mm256_shuffle_epi8(v, bytes)); }
   // Zero point of each lane, likewise from one byte each.
   static INLINE I zeros(const uint8_t* p, int count, const int32_t* index) {
     uint8_t whole[8] = {};

@@ -76,10 +76,16 @@ struct V {
     return _mm512_permutexvar_ps(_mm512_loadu_si512(index), _mm512_castsi512_ps(bits));
   }
   static constexpr bool SHUFFLES = true;
-  // Bytes of eight that are chosen by `bytes`, as floats.
-  static INLINE F shuffle(uint64_t eight, I bytes) {
-    return _mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_set1_epi64(int64_t(eight)), bytes));
+  // 2, 4 or 8 bytes, over and over.
+  template <int COUNT>
+  static INLINE I repeated(const void* p) {
+    int64_t v = 0;
+    memcpy(&v, p, COUNT);
+    if (COUNT == 2) return _mm512_set1_epi16(int16_t(v));
+    return COUNT == 4 ? _mm512_set1_epi32(int32_t(v)) : _mm512_set1_epi64(v);
   }
+  // Bytes that are chosen by `bytes` from each 16, as floats.
+  static INLINE F shuffle(I v, I bytes) { return _mm512_castsi512_ps(_mm512_shuffle_epi8(v, bytes)); }
   // Zero point of each lane, likewise from one byte each.
   static INLINE I zeros(const uint8_t* p, int count, const int32_t* index) {
     const __m128i raw = _mm_maskz_loadu_epi8((__mmask16)((1u << count) - 1), p);

@@ -92,7 +92,9 @@ struct V {
   }
   static INLINE F scales(const uint16_t* p, int, const int32_t* index) LANEWISE(F, bfloat(p[index[i]]))
   static constexpr bool SHUFFLES = false;
-  static INLINE F shuffle(uint64_t, I) { return {}; }
+  template <int>
+  static INLINE I repeated(const void*) { return {}; }
+  static INLINE F shuffle(I, I) { return {}; }
   static INLINE I zeros(const uint8_t* p, int, const int32_t* index) LANEWISE(I, p[index[i]])
 
   static INLINE void transpose(const uint8_t* p, int64_t stride, const int64_t* rows, int64_t bytes, I out[LANES]) {
