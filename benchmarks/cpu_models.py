@@ -62,6 +62,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W4A16 g32": INT4 | {"quantization_type": "weight_only", "group_size": 32},
     "W4A16 g64": INT4 | {"quantization_type": "weight_only", "group_size": 64},
     "W4A8 g32": INT4 | {"quantization_type": "dynamic", "group_size": 32},
+    "W4A8 g32, INT8 embedding": INT4 | {"quantization_type": "dynamic", "group_size": 32, "embedding_bits": 8},
 }
 EXPORTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "llama.cpp Q8_0": (INT8 | {"quantization_type": "weight_only"}, "gguf", {"engine": "llama.cpp"}),
@@ -72,7 +73,7 @@ EXPORTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 """How the file of another engine is made: scheme, format, options."""
 
 SETS = {
-    "eager": ("float32", "bfloat16", *SCHEMES),
+    "eager": ("float32", "bfloat16", *(name for name in SCHEMES if "embedding" not in name)),
     "decode": ("float32", "bfloat16", "W8A8 dynamic", "W4A16 g32", "W4A8 g32"),
     "compiled": (
         "float32",
@@ -86,13 +87,18 @@ SETS = {
         "W4A16 g32",
         "W8A8 dynamic, compiled",
         "W4A8 g32, compiled",
+        "W4A8 g32, INT8 embedding",
+        "W4A8 g32, INT8 embedding, compiled",
         "bitsandbytes INT8",
         "bitsandbytes NF4",
         "torchao INT8 dynamic, compiled",
         "zentorch bfloat16, compiled",
         *EXPORTS,
     ),
-    "layers": ("float32", "W8A8 dynamic", "ggml Q8_0", "W4A8 g32", "ggml Q4_0"),
+    "layers": (
+        *("float32", "W8A8 dynamic", "ggml Q8_0", "W4A8 g32", "ggml Q4_0"),
+        *("W4A8 g32, INT8 embedding", "ggml Q4_0, head Q8_0"),
+    ),
     "encoder": ("float32", "bfloat16", "W8A8 dynamic", "W8A8 static", "ONNX Runtime INT8 dynamic"),
 }
 # Models.
@@ -170,7 +176,8 @@ def specification(name: str, source: Path, options: argparse.Namespace) -> tuple
         spec["path"] = str(quantized_folder(source, plain, SCHEMES[plain], options))
     elif plain.startswith("ggml"):
         shapes = [(layer.out_features, layer.in_features) for layer in linear_layers(source)]
-        spec |= {"engine": "ggml", "type": plain.split()[1], "shapes": shapes}
+        kinds = plain.removeprefix("ggml ").split(", head ")
+        spec |= {"engine": "ggml", "type": kinds[0], "head_type": kinds[-1], "shapes": shapes}
         return (options.llama_python, spec) if options.llama_python else None
     elif plain.startswith("bitsandbytes"):
         spec |= {"engine": "bitsandbytes", "bits": 8 if "INT8" in plain else 4, "dtype": "bfloat16"}
@@ -200,7 +207,8 @@ def tasks(name: str, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             "batch 32 x 128": {"kind": "encode", "batch": 32, "length": 128, "repeat": 1},
         }
     if options.set == "layers":
-        return {"layers": {"kind": "layers", "rows": 1, "repeat": options.tokens}}
+        given = {"rows": 1, "repeat": options.tokens}
+        return {"layers": {"kind": "layers"} | given, "kernels": {"kind": "kernels"} | given}
     found: dict[str, dict[str, Any]] = {"decode": {"kind": "decode", "prompt": 64, "tokens": options.tokens}}
     if options.set != "decode":
         found["prefill"] = {"kind": "prefill", "prompt": options.prefill}

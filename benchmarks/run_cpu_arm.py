@@ -9,6 +9,7 @@ and for each line it reads, an object of seconds by task:
     prefill      a forward of many tokens, logits of the last one
     encode       a forward of a batch of sequences of one length
     layers       the linear layers of a decoder alone, in their order, on rows of random activations
+    kernels      the same, less what torch takes to call them: the time of the same calls with no rows
 """
 
 import contextlib
@@ -88,6 +89,9 @@ class Transformers:
             start = time.perf_counter()
             self.forward(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             return time.perf_counter() - start
+
+    def kernels(self, rows, repeat):
+        return self.layers(rows, repeat) - self.layers(0, repeat)
 
     def layers(self, rows, repeat):
         calls = self.layer_calls(rows)
@@ -221,26 +225,32 @@ class Ggml:
         self.backend = self.call["ggml_backend_cpu_init"]()
         self.call["ggml_backend_cpu_set_n_threads"](self.backend, spec["threads"])
         self.graphs = [
-            self.build(spec["shapes"], self.TYPES[spec["type"]], numpy, laid_out) for laid_out in (False, True)
+            self.build(spec["shapes"], (spec["type"], spec["head_type"]), numpy, laid_out) for laid_out in (False, True)
         ]
 
     def context(self):
-        return self.call["ggml_init"](Parameters(64 << 20, None, True))
+        return self.call["ggml_init"](Parameters(1 << 20, None, True))
 
-    def build(self, shapes, kind, numpy, laid_out):
+    def build(self, shapes, names, numpy, laid_out):
+        kinds = [self.TYPES[names[0]]] * (len(shapes) - 1) + [self.TYPES[names[1]]]
         call, random = self.call, numpy.random.default_rng(0)
-        weights, activations = self.context(), self.context()
+        activations = self.context()
         rows = {k: call["ggml_new_tensor_2d"](activations, self.FLOAT32, k, 1) for _, k in shapes}
-        tensors = [call["ggml_new_tensor_2d"](weights, kind, k, n) for n, k in shapes]
+        contexts = [self.context() for _ in shapes]
+        tensors = [
+            call["ggml_new_tensor_2d"](context, kind, k, n)
+            for context, kind, (n, k) in zip(contexts, kinds, shapes, strict=True)
+        ]
         graph = call["ggml_new_graph"](activations)
         products = [call["ggml_mul_mat"](activations, t, rows[k]) for t, (_, k) in zip(tensors, shapes, strict=True)]
         for product in products:
             call["ggml_build_forward_expand"](graph, product)
         plain = call["ggml_backend_cpu_buffer_type"]()
-        memory = self.buffer_type(tensors[0], products[0]) if laid_out else plain
-        call["ggml_backend_alloc_ctx_tensors_from_buft"](weights, memory or plain)
+        for context, tensor, product in zip(contexts, tensors, products, strict=True):
+            memory = self.buffer_type(tensor, product) if laid_out else plain
+            call["ggml_backend_alloc_ctx_tensors_from_buft"](context, memory or plain)
         call["ggml_backend_alloc_ctx_tensors_from_buft"](activations, plain)
-        for tensor, (n, k) in zip(tensors, shapes, strict=True):
+        for tensor, kind, (n, k) in zip(tensors, kinds, shapes, strict=True):
             values = random.standard_normal((n, k), dtype=numpy.float32)
             packed = numpy.empty(call["ggml_nbytes"](tensor), numpy.uint8)
             call["ggml_quantize_chunk"](kind, values.ctypes.data, packed.ctypes.data, 0, n, k, None)
@@ -274,6 +284,8 @@ class Ggml:
                 self.call["ggml_backend_graph_compute"](self.backend, graph)
                 taken.append(time.perf_counter() - start)
         return min(map(statistics.median, times.values()))
+
+    kernels = layers  # a graph calls next to nothing
 
 
 class Parameters(ctypes.Structure):

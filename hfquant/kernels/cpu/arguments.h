@@ -77,13 +77,13 @@ Weight weight_of(const Tensor& codes, const Tensor& scale, const Tensor& zero, i
           "a packed weight is int32, its scales are int16");
   require(codes.contiguous() && scale.contiguous() && (!zero || zero.contiguous()), "packed tensors must be contiguous");
   Weight w{};
-  const int64_t last = codes.dim() - 1;
+  const int64_t last = codes.dim() - 1, *sizes = codes.sizes();
   w.bits = int(bits);
   w.in_features = in_features;
-  w.row_bytes = codes.sizes()[last] * 4;
+  w.row_bytes = sizes[last] * 4;
   w.groups = scale.sizes()[scale.dim() - 1];
   w.rows = 1;
-  for (int64_t i = 0; i < last; i++) w.rows *= codes.sizes()[i];
+  for (int64_t i = 0; i < last; i++) w.rows *= sizes[i];
   require(w.row_bytes == (in_features * bits + 31) / 32 * 4, "the packed rows are of another length");
   require(scale.numel() == w.rows * w.groups && w.groups > 0 && in_features % w.groups == 0, "scales do not fit");
   w.codes = codes.data<uint8_t>();

@@ -25,22 +25,23 @@ struct Lanes {
     even = V::SHUFFLES && (scales == 1 || scales == 2 || scales == 4) ? scales : 0;
     for (int i = 0; i < V::BYTES; i++)
       bytes[i] = i % 4 < 2 ? 0x80 : uint8_t(i / 4 * scales / V::LANES * 2 + i % 2);  // a bfloat16 is the upper half
-    int64_t g = 0, end = group;
-    for (int64_t c = 0; c < chunks; c++)
+    for (int64_t c = 0; c < chunks; c++) {
+      int64_t g = c * chunk / group, end = (g + 1) * group;
+      first[c] = int32_t(g);
+      if (even && !w.zero && (c + 1) * chunk <= w.in_features) continue;  // nothing else is needed
       for (int lane = 0; lane < V::LANES; lane++) {
         if (c * chunk + lane * width >= end && g + 1 < w.groups) g++, end += group;
-        if (lane == 0) first[c] = int32_t(g);
         index[c * V::LANES + lane] = int32_t(g) - first[c];
         count[c] = int32_t(g) - first[c] + 1;
       }
+    }
   }
 };
 
 // Scales of the lanes of a chunk; PER: that many in each whole chunk, or 0.
 template <int PER>
-INLINE V::F scales_of(const uint16_t* row, const Lanes& lanes, int64_t c, V::I bytes) {
-  if (PER) return V::shuffle(V::template repeated<(PER ? PER : 1) * 2>(row + (PER == 1 ? lanes.first[c] : c * PER)), bytes);
-  return V::scales(row + lanes.first[c], lanes.count[c], lanes.index + c * V::LANES);
+INLINE V::F scales_of(const uint16_t* row, int64_t first, int count, const int32_t* index, V::I bytes) {
+  return PER ? V::shuffle(V::template repeated<(PER ? PER : 1) * 2>(row + first), bytes) : V::scales(row + first, count, index);
 }
 
 // One byte for each zero point of a row.
@@ -85,12 +86,15 @@ struct FewRows {
   INLINE void step(int64_t c, const Lanes* lanes, V::I bytes, V::I (&total)[M][R], V::I (&weights)[R],
                    V::F (&value)[M][R]) const {
     constexpr int CHUNK = STEP * 8 / BITS;
-    V::I low[R], high[R], zero[R];
+    V::I low[R], high[R], both[R], zero[R];
     V::F scale[R], sum_of_codes[R];
+    const int64_t left = WHOLE ? STEP : w.row_bytes - c * STEP;  // of all rows: masks are made once
+    const int64_t first = ONE_SCALE ? 0 : PER > 1 ? c * PER : lanes->first[c];
+    const int count = ONE_SCALE || (PER && !ZERO) ? 0 : lanes->count[c];
+    const int32_t* index = ONE_SCALE ? nullptr : lanes->index + c * V::LANES;
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       const uint8_t* p = codes[r] + c * STEP;
-      const int64_t left = w.row_bytes - c * STEP;
       const V::I v = WHOLE ? V::load(p) : V::load_partial(p, left);
       V::prefetch(p + ahead);
       low[r] = BITS == 4 ? V::low(v) : v;
@@ -99,18 +103,15 @@ struct FewRows {
         high[r] = WHOLE ? V::load(p + V::BYTES) : left > V::BYTES ? V::load_partial(p + V::BYTES, left - V::BYTES) : V::zero();
         V::prefetch(p + V::BYTES + ahead);
       }
-      if (SHIFT == BY_SUMS && INTEGER) {
-        V::dot(weights[r], low[r], V::set(0x01010101));
-        if (TWO) V::dot(weights[r], high[r], V::set(0x01010101));
-      }
+      if (SHIFT != NONE) both[r] = BITS == 4 ? V::add_bytes(low[r], high[r]) : low[r];
+      if (SHIFT == BY_SUMS && INTEGER) V::dot(weights[r], both[r], V::set(0x01010101));
       if (ONE_SCALE) continue;
-      scale[r] = scales_of<PER>(scales[r], *lanes, c, bytes);
-      if (MODE == GROUP_ZERO) zero[r] = V::zeros(zeros[r] + lanes->first[c], lanes->count[c], lanes->index + c * V::LANES);
+      scale[r] = scales_of<PER>(scales[r], first, count, index, bytes);
+      if (MODE == GROUP_ZERO) zero[r] = V::zeros(zeros[r] + first, count, index);
       if (SHIFT == BY_SUMS) {
         const V::I start = V::load(ones + c * V::LANES);
         V::I sum = MODE == GROUP ? start : V::zero();
-        V::dot(sum, low[r], V::set(0x01010101));
-        if (BITS == 4) V::dot(sum, high[r], V::set(0x01010101));
+        V::dot(sum, both[r], V::set(0x01010101));
         if (MODE == GROUP_ZERO) sum = V::sub(sum, V::mul(zero[r], start));
         sum_of_codes[r] = V::to_float(sum);
       }
@@ -144,8 +145,7 @@ struct FewRows {
             if (p > part) sum[r] = V::times256(sum[r]);
             V::dot(sum[r], low[r], first);
             if (TWO) V::dot(sum[r], high[r], second);
-            if (SHIFT == FOLDED) V::dot(sum[r], low[r], minus_zero);
-            if (SHIFT == FOLDED && TWO) V::dot(sum[r], high[r], minus_zero);
+            if (SHIFT == FOLDED) V::dot(sum[r], both[r], minus_zero);
           }
         }
 #pragma GCC unroll 4

@@ -46,6 +46,7 @@ struct V {
     sum = _mm256_add_epi32(sum, both);
   }
 #endif
+  static INLINE I add_bytes(I a, I b) { return _mm256_add_epi8(a, b); }
   static INLINE I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static INLINE I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
   static INLINE I mul(I a, I b) { return _mm256_mullo_epi32(a, b); }

@@ -152,18 +152,20 @@ class Tensor {
     return out;
   }
   int64_t numel() const {
+    const int64_t dims = dim(), *size = sizes();  // asked once: every answer is a call of torch
     int64_t out = 1;
-    for (int64_t i = 0; i < dim(); i++) out *= sizes()[i];
+    for (int64_t i = 0; i < dims; i++) out *= size[i];
     return out;
   }
   bool contiguous() const {
-    if (numel() == 0) return true;
+    const int64_t dims = dim(), *size = sizes(), *stride = strides();
     int64_t step = 1;
-    for (int64_t i = dim() - 1; i >= 0; i--) {
-      if (sizes()[i] > 1 && strides()[i] != step) return false;
-      step *= sizes()[i];
+    bool fits = true;
+    for (int64_t i = dims - 1; i >= 0; i--) {
+      fits = fits && (size[i] <= 1 || stride[i] == step);
+      step *= size[i];
     }
-    return true;
+    return fits || step == 0;
   }
 
  private:
