@@ -85,6 +85,20 @@ def test_sums_of_small_integers_in_bfloat16_are_exact(bits: int, symmetric: bool
         assert torch.equal(case.run(columns, "weight_only"), exact.bfloat16())
 
 
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_one_row_whose_code_of_zero_is_the_first_or_the_last(bits: int, symmetric: bool) -> None:
+    for sign, group in product((-1, 1), (16, 32, 96)):
+        case = LinearCase(1, 288, 40, bits, group, symmetric)
+        case.x = sign * torch.rand(1, 288)
+        zero = quantize_rows(case.x, None, asymmetric=True)[2]
+        assert int(zero) == (127 if sign < 0 else -128)
+        assert_close(
+            case.run(case.x, "dynamic-asym", bias=case.bias), case.oracle("dynamic-asym"), case.plain("dynamic-asym")
+        )
+
+
 @pytest.fixture
 def restored_precision() -> object:
     before = torch.get_float32_matmul_precision()
