@@ -157,6 +157,24 @@ def test_the_largest_sums_are_exact(value: int) -> None:
 
 
 @pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_largest_digits_do_not_overflow(bits: int, symmetric: bool) -> None:
+    for m, group, low in product((1, 2, 13), (16, 32, 64, None), (True, False)):
+        case = LinearCase(m, 128, 3, bits, group, symmetric)
+        code = -(1 << (bits - 1)) if low else (1 << (bits - 1)) - 1
+        values = torch.full((3, 128), code, dtype=torch.int8)
+        case.packed = (pack(values, bits=bits), *case.packed[1:])
+        zero = 0 if case.zero is None else case.zero.repeat_interleave(group or 128, 1)
+        case.weight = (values - zero).double() * case.scale.repeat_interleave(group or 128, 1)
+        for sign in (-1, 1):
+            case.x = torch.full((m, 128), sign * 127 / 64)  # 127 steps, the most there are
+            assert_close(
+                case.run(case.x, "weight_only", bias=case.bias), case.oracle("weight_only"), case.plain("weight_only")
+            )
+
+
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_codes_of_activations_are_exact(dtype: torch.dtype) -> None:
     halves = torch.arange(-130, 130).repeat(2).float() / 2  # ties

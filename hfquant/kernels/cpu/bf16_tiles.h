@@ -69,6 +69,14 @@ void pack_bf16(const Weight& w, int64_t block, uint8_t* panel) {
   w.bits == 4 ? pack_bf16_bits<4>(w, block, panel) : pack_bf16_bits<8>(w, block, panel);
 }
 
+void round_row_bf16(const float* x, int64_t count, uint16_t* out) {
+  for (int64_t i = 0; i < count; i += V::LANES) {
+    const __mmask16 mask = count - i < V::LANES ? (1u << (count - i)) - 1 : 0xFFFF;
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x + i));
+    _mm256_mask_storeu_epi16(out + i, mask, rounded);
+  }
+}
+
 // A tile [K / 2, TILE, 2] from rows [TILE, depth].
 void arrange_bf16(const uint16_t* rows, int64_t depth, uint16_t* out) {
   transpose_quads<TILE>((const int8_t*)rows, depth * 2, depth / 2, (int8_t*)out);

@@ -28,6 +28,7 @@ const Kernels& kernels_avx512bf16() {
     out.name = "avx512bf16";
     out.bf16_tiles = bf16_tiles;
     out.pack_bf16 = pack_bf16;
+    out.round_row_bf16 = round_row_bf16;
     out.arrange_bf16 = arrange_bf16;
     return out;
   }();

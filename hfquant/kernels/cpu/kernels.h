@@ -141,7 +141,8 @@ struct Kernels {
                      const uint8_t* panel);
   // The panel for them: codes without their zero points as bfloat16 [K / 2, BLOCK, 2], scales [groups, BLOCK].
   void (*pack_bf16)(const Weight&, int64_t block, uint8_t* panel);
-  // One tile of activations, from rows [tile, depth].
+  // A row of float32 as bfloat16, denormals as zero; one tile of activations, from rows [tile, depth].
+  void (*round_row_bf16)(const float* x, int64_t count, uint16_t* out);
   void (*arrange_bf16)(const uint16_t* rows, int64_t depth, uint16_t* out);
 };
 

@@ -172,7 +172,7 @@ void many_bf16_rows(const LinearCalls& calls, int64_t start, int64_t rows) {
         else if (call.x.type() == Float::bf16)
           std::memcpy(to, row, w.in_features * 2);
         else
-          kernels->from_float(reinterpret_cast<const float*>(row), Float::bf16, w.in_features, to);
+          kernels->round_row_bf16(reinterpret_cast<const float*>(row), w.in_features, to);
       }
       kernels->arrange_bf16(natural.get(), depth, values.get() + t * tile * depth);
     }

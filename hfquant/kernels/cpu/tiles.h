@@ -3,14 +3,15 @@
 namespace {
 
 // Integer sums of ROWS rows and two vectors of columns over `quads` quads. `sums` start them (ZERO: correct them).
-template <bool ZERO, int ROWS>
+// NEXT: of the next digit, on top of 256 times what is there.
+template <bool ZERO, int ROWS, bool NEXT = false>
 INLINE void multiply(const uint8_t* panel, const int8_t* x, int64_t quads, const int32_t* sums, const int32_t* zero,
                      V::I (&total)[ROWS][2]) {
 #pragma GCC unroll 12
   for (int m = 0; m < ROWS; m++) {
     const V::I start = ZERO ? V::zero() : V::set(sums[m]);
-    total[m][0] = start;
-    total[m][1] = start;
+    total[m][0] = NEXT ? V::add(V::times256(total[m][0]), start) : start;
+    total[m][1] = NEXT ? V::add(V::times256(total[m][1]), start) : start;
   }
   for (int64_t q = 0; q < quads; q++, panel += BLOCK * 4, x += TILE * 4) {
     const V::I a = V::load(panel), b = V::load(panel + V::BYTES);
@@ -61,14 +62,21 @@ void tile_of_segments(const Weight& w, const Activations& a, int64_t t, int half
   V::F value[ROWS][2];
 #pragma GCC unroll 12
   for (int m = 0; m < ROWS; m++) value[m][0] = value[m][1] = V::zerof();
-  for (int p = 0; p < a.planes; p++) {
+  // All digits in one integer: 2**31 > 32 * 8 * 127 * 65536; a sum that leaves int32 on the way comes back.
+  const bool at_once = DIGITS && !ZERO && w.bits == 4 && length <= 8;
+  for (int p = 0; p < (at_once ? 1 : a.planes); p++) {
     const int8_t* x = a.codes + (t * a.planes + p) * depth * TILE + half * HALF * 4;
     const int32_t* sums = a.sums + (t * a.planes + p) * segments * TILE + half * HALF;
-    const float factor = p == 0 ? 1.0f : p == 1 ? 0x1p-8f : 0x1p-16f;
+    const int last = at_once ? a.planes - 1 : p;  // digit
+    const float factor = last == 0 ? 1.0f : last == 1 ? 0x1p-8f : 0x1p-16f;
     for (int64_t i = 0, g = 0, share = sharing; i < segments; i++, sums += TILE) {
       const int64_t q = i * length, n = quads - q < length ? quads - q : length;
       V::I total[ROWS][2];
       multiply<ZERO, ROWS>(panel + (q * BLOCK + column) * 4, x + q * TILE * 4, n, sums, zeros + g * BLOCK, total);
+      if (DIGITS && !ZERO)
+        for (int next = 1; at_once && next < a.planes; next++)
+          multiply<ZERO, ROWS, true>(panel + (q * BLOCK + column) * 4, x + (next * depth + q * 4) * TILE, n,
+                                     sums + next * segments * TILE, nullptr, total);
       const V::F first = V::loadf(scales + g * BLOCK), second = V::loadf(scales + g * BLOCK + V::LANES);
 #pragma GCC unroll 12
       for (int m = 0; m < ROWS; m++) {
@@ -156,4 +164,4 @@ void tiles(const Weight& w, const Activations& a, const Output& out, int64_t blo
   extern "C" const Kernels NAME = {TEXT,        V::BYTES,           TILE,     FEW,   quantize_row, to_float, from_float, \
                                    arrange_few, arrange_tile<TILE>, few_rows, tiles, pack_panel,   dequantize_row,       \
                                    grid_row,    grid_gradients, fake_quantize_row, fake_quantize_gradients,              \
-                                   rms_norm_row, gated_row, rotate_row, attention_rows, nullptr, nullptr, nullptr};
+                                   rms_norm_row, gated_row, rotate_row, attention_rows, nullptr, nullptr, nullptr, nullptr};
