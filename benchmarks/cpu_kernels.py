@@ -4,7 +4,8 @@
     python benchmarks/cpu_kernels.py --only w8a8 --shapes 2048x2048 --rows 1,128
 
 With one thread the clock is the thread's own CPU time, which other programs disturb less than wall time. Weights of
-M <= 8 rotate over copies larger than the cache. Each row shows the largest error, relative to the largest result of a
+M <= 8 rotate over copies larger than the cache. An op and the float layers take turns, so that both meet the same
+disturbances; ``x float`` are the ratios of those. Each row shows the largest error, relative to the largest result of a
 float64 product, and is refused if it is out of bounds. Limits of the machine are measured in the same run (limits.cpp).
 """
 
@@ -88,20 +89,29 @@ CASES = {
 }
 
 
-def seconds(calls: list[Callable[[], Any]], budget: float) -> tuple[float, float]:
-    """Median of the calls in turn, and the interquartile range, as a share of it."""
+Calls = list[Callable[[], Any]]
+
+
+def in_turns(rivals: list[Calls], budget: float) -> list[tuple[float, float]]:
+    """Median of each rival's calls, one after the other, and the interquartile range, as a share of it."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    for call in calls[:2]:
+    for call in (call for calls in rivals for call in calls[:2]):
         call()
-    times: list[float] = []
-    end = time.perf_counter() + budget
-    while len(times) < 5 or (time.perf_counter() < end and len(times) < 2000):
-        call = calls[len(times) % len(calls)]
-        start = clock()
-        call()
-        times.append(clock() - start)
-    low, middle, high = statistics.quantiles(times, n=4)
-    return middle, (high - low) / middle
+    times: list[list[float]] = [[] for _ in rivals]
+    end = time.perf_counter() + budget * len(rivals)
+    while (count := len(times[0])) < 5 or (time.perf_counter() < end and count < 2000):
+        for calls, taken in zip(rivals, times, strict=True):
+            call = calls[count % len(calls)]
+            start = clock()
+            call()
+            taken.append(clock() - start)
+    quartiles = [statistics.quantiles(taken, n=4) for taken in times]
+    return [(middle, (high - low) / middle) for low, middle, high in quartiles]
+
+
+def seconds(calls: Calls, budget: float) -> float:
+    """Median of the calls in turn."""
+    return in_turns([calls], budget)[0][0]
 
 
 def machine_limits() -> dict[str, float]:
@@ -146,14 +156,19 @@ def copies(bytes_of_one: int, rows: int, cache: int) -> int:
     return max(1, cache // bytes_of_one) if rows <= 8 else 1
 
 
-def float_rows(k: int, n: int, m: int, options: argparse.Namespace) -> dict[str, float]:
-    """Seconds of ``F.linear`` in float32 and bfloat16, and of torch's own quantized ops."""
+def float_layers(k: int, n: int, m: int, options: argparse.Namespace) -> dict[str, Calls]:
+    """Calls of ``F.linear`` in float32 and bfloat16."""
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         x = torch.randn(m, k).to(dtype)
         weights = [torch.randn(n, k).to(dtype) for _ in range(copies(k * n * dtype.itemsize, m, options.cache))]
-        calls = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights]
-        found[name] = seconds(calls, options.budget)[0]
+        found[name] = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights]
+    return found
+
+
+def peer_rows(k: int, n: int, m: int, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of torch's own quantized ops and bitsandbytes' layers."""
+    found = {}
     scale, x, y = torch.rand(n), torch.randn(m, k), torch.randn(m, k).bfloat16()
 
     def int_mm(turned: Tensor) -> Tensor:
@@ -161,13 +176,13 @@ def float_rows(k: int, n: int, m: int, options: argparse.Namespace) -> dict[str,
         return torch._int_mm((x / step).round().to(torch.int8), turned) * step * scale
 
     codes = [torch.randint(-127, 128, (n, k), dtype=torch.int8).t() for _ in range(copies(k * n, m, options.cache))]
-    found["torch int8"] = seconds([lambda c=c: int_mm(c) for c in codes], options.budget)[0]
+    found["torch int8"] = seconds([lambda c=c: int_mm(c) for c in codes], options.budget)
     if k % 32 == 0 and n % 16 == 0:
         words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (n, k), dtype=torch.int32), 1)
         scales = torch.rand(k // 32, n, 2).bfloat16()
         packed4 = [words.clone() for _ in range(copies(words.nbytes, m, options.cache))]
         calls = [lambda w=w: torch.ops.aten._weight_int4pack_mm_for_cpu(y, w, 32, scales) for w in packed4]
-        found["torch int4"] = seconds(calls, options.budget)[0]
+        found["torch int4"] = seconds(calls, options.budget)
     return found | bitsandbytes_rows(k, n, m, options)
 
 
@@ -186,11 +201,13 @@ def bitsandbytes_rows(k: int, n: int, m: int, options: argparse.Namespace) -> di
         module.load_state_dict(layer.state_dict())
         module = module.to("cpu")
         x = torch.randn(m, k).to(dtype)
-        found[name] = seconds([lambda module=module, x=x: module(x)], options.budget)[0]
+        found[name] = seconds([lambda module=module, x=x: module(x)], options.budget)
     return found
 
 
-def measure(name: str, case: Case, k: int, n: int, m: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    name: str, case: Case, k: int, n: int, m: int, floats: dict[str, Calls], options: argparse.Namespace
+) -> dict[str, Any]:
     x = torch.randn(m, k).to(case.dtype)
     op = int4_linear if case.bits == 4 else int8_linear
     one = packed(case, k, n)
@@ -200,12 +217,19 @@ def measure(name: str, case: Case, k: int, n: int, m: int, options: argparse.Nam
     error = relative_error(op(x, *one, **case.arguments()), x, one, case, k)
     if not error <= case.bound:
         raise SystemExit(f"{name} {k}x{n} M={m}: error {error:.2e} of the largest result, allowed {case.bound:.0e}")
-    middle, spread = seconds([lambda w=w: op(x, *w, **case.arguments()) for w in weights], options.budget)
+    calls = [lambda w=w: op(x, *w, **case.arguments()) for w in weights]
+    (middle, spread), *others = in_turns([calls, *floats.values()], options.budget)
+    times = {key: other[0] for key, other in zip(floats, others, strict=True)}
     torch.set_float32_matmul_precision("highest")
-    return {"op": name, "M": m, "us": middle * 1e6, "spread": spread, "max_error": error} | {
-        "GB_s": size / middle / 1e9,
-        "GOP_s": 2 * m * n * k / middle / 1e9,
-    }
+    speeds = {"speedup": min(times.values()) / middle, "times_fp32": times["fp32"] / middle}
+    return (
+        {"op": name, "M": m, "us": middle * 1e6, "spread": spread, "max_error": error}
+        | speeds
+        | {
+            "GB_s": size / middle / 1e9,
+            "GOP_s": 2 * m * n * k / middle / 1e9,
+        }
+    )
 
 
 def relative_error(found: Tensor, x: Tensor, weight: tuple[Tensor, Tensor, None], case: Case, k: int) -> float:
@@ -247,11 +271,12 @@ def main(given: list[str] | None = None) -> list[dict[str, Any]]:
     with torch.inference_mode():
         for layer, (k, n) in shapes.items():
             for m in map(int, options.rows.split(",")):
-                floats = float_rows(k, n, m, options)
+                layers = float_layers(k, n, m, options)
+                floats = {name: seconds(calls, options.budget) for name, calls in layers.items()}
+                floats |= peer_rows(k, n, m, options)
                 print(f"\n{layer} {k}x{n} M={m}: " + ", ".join(f"{a} {b * 1e6:.0f} us" for a, b in floats.items()))
                 for name, case in cases.items():
-                    row = {"layer": layer, "K": k, "N": n} | measure(name, case, k, n, m, options)
-                    row["speedup"] = min(floats["fp32"], floats["bf16"]) * 1e6 / row["us"]
+                    row = {"layer": layer, "K": k, "N": n} | measure(name, case, k, n, m, layers, options)
                     row["floats"] = floats
                     rows.append(row)
                     print(_line(row, limits), flush=True)
@@ -268,7 +293,7 @@ def _lines(path: str) -> list[str]:
 def _exact(row: dict[str, Any]) -> str:
     """Float32 that is computed as such is not what torch computes in bfloat16: beside its float32."""
     kept = CASES[row["op"]].dtype == torch.float32 and row["max_error"] < 1e-5
-    return f" ({row['floats']['fp32'] * 1e6 / row['us']:5.2f}x float32)" if kept else " " * 17
+    return f" ({row['times_fp32']:5.2f}x float32)" if kept else " " * 17
 
 
 def _line(row: dict[str, Any], limits: dict[str, float]) -> str:
