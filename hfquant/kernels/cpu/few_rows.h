@@ -96,22 +96,22 @@ struct FewRows {
     for (int r = 0; r < R; r++) {
       const uint8_t* p = codes[r] + c * STEP;
       const V::I v = WHOLE ? V::load(p) : V::load_partial(p, left);
-      V::prefetch(p + ahead);
+      V::prefetch(p + (M == 1 ? ahead : 8192));  // with more rows there is no register left for it
       low[r] = BITS == 4 ? V::low(v) : v;
       if (BITS == 4) high[r] = V::high(v);
       if (VECTORS == 2) {
         high[r] = WHOLE ? V::load(p + V::BYTES) : left > V::BYTES ? V::load_partial(p + V::BYTES, left - V::BYTES) : V::zero();
-        V::prefetch(p + V::BYTES + ahead);
+        V::prefetch(p + V::BYTES + (M == 1 ? ahead : 8192));
       }
-      if (SHIFT != NONE) both[r] = BITS == 4 ? V::add_bytes(low[r], high[r]) : low[r];
-      if (SHIFT == BY_SUMS && INTEGER) V::dot(weights[r], both[r], V::set(0x01010101));
+      if (SHIFT != NONE && BITS == 4) both[r] = V::add_bytes(low[r], high[r]);
+      if (SHIFT == BY_SUMS && INTEGER) V::dot(weights[r], BITS == 4 ? both[r] : low[r], V::set(0x01010101));
       if (ONE_SCALE) continue;
       scale[r] = scales_of<PER>(scales[r], first, count, index, bytes);
       if (MODE == GROUP_ZERO) zero[r] = V::zeros(zeros[r] + first, count, index);
       if (SHIFT == BY_SUMS) {
         const V::I start = V::load(ones + c * V::LANES);
         V::I sum = MODE == GROUP ? start : V::zero();
-        V::dot(sum, both[r], V::set(0x01010101));
+        V::dot(sum, BITS == 4 ? both[r] : low[r], V::set(0x01010101));
         if (MODE == GROUP_ZERO) sum = V::sub(sum, V::mul(zero[r], start));
         sum_of_codes[r] = V::to_float(sum);
       }
@@ -145,7 +145,7 @@ struct FewRows {
             if (p > part) sum[r] = V::times256(sum[r]);
             V::dot(sum[r], low[r], first);
             if (TWO) V::dot(sum[r], high[r], second);
-            if (SHIFT == FOLDED) V::dot(sum[r], both[r], minus_zero);
+            if (SHIFT == FOLDED) V::dot(sum[r], BITS == 4 ? both[r] : low[r], minus_zero);
           }
         }
 #pragma GCC unroll 4
@@ -184,7 +184,9 @@ struct FewRows {
     const auto steps = [&](auto per) __attribute__((always_inline)) {
       for (int64_t c = 0; c < whole; c++) step<true, per()>(c, lanes, bytes, total_here, weights_here, value_here);
     };
-    if (even == 4)
+    if constexpr (ONE_SCALE)  // without the closure: with it accumulators of 8 rows went to memory
+      for (int64_t c = 0; c < whole; c++) step<true, 0>(c, lanes, bytes, total_here, weights_here, value_here);
+    else if (even == 4)
       steps(Count<4>());
     else if (even == 2)
       steps(Count<2>());
