@@ -5,8 +5,9 @@
 
 With one thread the clock is the thread's own CPU time, which other programs disturb less than wall time. Weights of
 M <= 8 rotate over copies larger than the cache. Ops are timed alone, and again in turns with the float layers, so that
-both meet the same disturbances and cold caches: that is ``x float``. Each row shows the largest error, relative to the largest result of a
-float64 product, and is refused if it is out of bounds. Limits of the machine are measured in the same run (limits.cpp).
+both meet the same disturbances and cold caches: that is ``x float``. Each row shows the largest error, relative to the
+largest result of a float64 product, and is refused if it is out of bounds. Limits of the machine are measured in the
+same run (limits.cpp).
 """
 
 import argparse
