@@ -101,7 +101,10 @@ def float32_precision() -> int:
         0 for "highest", with the error of float32; 1 for "high", 16 bits of the largest value of a group; 2 for
         "medium", bfloat16 where the processor multiplies it and there are many rows, else as 1.
     """
-    return _PRECISIONS[torch._C._get_float32_matmul_precision()]
+    try:
+        return _PRECISIONS[torch._C._get_float32_matmul_precision()]
+    except RuntimeError:  # set by ``torch.backends...fp32_precision``, as the Trainer's tf32 is: torch refuses to tell
+        return 0
 
 
 def _library_file() -> Path | None:

