@@ -34,7 +34,7 @@ from hfquant.numerics.packing import unpack
 from tests.support.adapters import SCHEMES, adapter_state, codes, lora, quantized, randomize_, same
 from tests.support.processes import run_python
 from tests.support.tiny_models import build, output, text_inputs
-from tests.support.tolerance import GRADIENT_FACTOR, SAME_VALUES, assert_close
+from tests.support.tolerance import GRADIENT_FACTOR, SAME_ADAPTER, SAME_VALUES, assert_close
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
@@ -208,7 +208,7 @@ def test_several_adapters_are_switched_disabled_and_deleted() -> None:
     assert torch.equal(output(model, "llama"), first)
     model.add_weighted_adapter(["default"], [1.0], "copy")
     model.set_adapter("copy")
-    torch.testing.assert_close(output(model, "llama"), first, **SAME_VALUES)
+    torch.testing.assert_close(output(model, "llama"), first, **SAME_ADAPTER)
     model.delete_adapter("copy")
     model.delete_adapter("second")
     model.set_adapter("default")
