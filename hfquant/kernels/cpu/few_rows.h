@@ -104,7 +104,7 @@ struct FewRows {
         V::prefetch(p + V::BYTES + (M == 1 ? ahead : 8192));
       }
       if (SHIFT != NONE && BITS == 4) both[r] = V::add_bytes(low[r], high[r]);
-      if (SHIFT == BY_SUMS && INTEGER) V::dot(weights[r], BITS == 4 ? both[r] : low[r], V::set(0x01010101));
+      if (SHIFT == BY_SUMS && INTEGER) V::add_up(weights[r], BITS == 4 ? both[r] : low[r]);
       if (ONE_SCALE) continue;
       scale[r] = scales_of<PER>(scales[r], first, count, index, bytes);
       if (MODE == GROUP_ZERO) zero[r] = V::zeros(zeros[r] + first, count, index);
@@ -223,13 +223,16 @@ struct Streams {
 };
 
 // Totals of vectors; of four the additions are shared.
-INLINE void totals(const V::I (&v)[4], int32_t* out) { V::totals(v, out); }
-INLINE void totals(const V::F (&v)[4], float* out) { V::totalsf(v, out); }
-INLINE void totals(const V::I (&v)[2], int32_t* out) {
-  for (int i = 0; i < 2; i++) out[i] = V::total(v[i]);
-}
-INLINE void totals(const V::F (&v)[2], float* out) {
-  for (int i = 0; i < 2; i++) out[i] = V::totalf(v[i]);
+INLINE void totals_of_four(const V::I* v, int32_t* out) { V::totals({v[0], v[1], v[2], v[3]}, out); }
+INLINE void totals_of_four(const V::F* v, float* out) { V::totalsf({v[0], v[1], v[2], v[3]}, out); }
+INLINE int32_t total_of(V::I v) { return V::total(v); }
+INLINE float total_of(V::F v) { return V::totalf(v); }
+template <class T, class Out>
+INLINE void totals(const T* v, int count, Out* out) {
+  int i = 0;
+#pragma GCC unroll 4
+  for (; i + 4 <= count; i += 4) totals_of_four(v + i, out + i);
+  for (; i < count; i++) out[i] = total_of(v[i]);
 }
 
 // Rows m0 .. m0 + M of the activations times rows i .. i + PART of every stream, into `tile [STREAMS, M, PART]`, without
@@ -244,14 +247,14 @@ void few_tile(const Weight& w, const Activations& a, int64_t m0, const Streams& 
   rows.chunks = chunks;
   rows.ahead = prefetch_ahead(streams.length * w.row_bytes);
   rows.ones = a.ones;
-  const int32_t* row_sums[M];
+  int32_t row_sums[M];
   int32_t code_of_zero[M];
   for (int m = 0; m < M; m++) {  // past the last row it is computed again
     const int64_t row = m0 + m < a.rows ? m0 + m : a.rows - 1;
     rows.x[m] = a.codes + row * PLANES * chunks * CHUNK;
     rows.sums[m] = a.sums + row * parts_of(BITS, PLANES) * chunks * V::LANES;
     rows.steps[m] = a.scale + row * (PLANES == 1 ? 1 : chunks);
-    row_sums[m] = a.row_sums + row;
+    row_sums[m] = Few::INTEGER ? a.row_sums[row] : 0;
     code_of_zero[m] = SHIFT != NONE ? a.zeros[row] : 0;
     rows.shift[m] = V::setf(float(-code_of_zero[m]));
     if (SHIFT == FOLDED) rows.minus_zero = V::set((-code_of_zero[m] & 0xFF) * 0x01010101);
@@ -269,22 +272,20 @@ void few_tile(const Weight& w, const Activations& a, int64_t m0, const Streams& 
         if (MODE == CHANNEL_ZERO) rows.row_zero[r] = V::set(zero_point(w, n[r], 0));
       }
       rows.run(lanes);
-      int32_t sums[R], sums_of_codes[R];
-      float values[R];
-      if (Few::INTEGER && SHIFT != NONE) totals(rows.weights, sums_of_codes);
-      for (int m = 0; m < M; m++) {
-        Few::INTEGER ? totals(rows.total[m], sums) : totals(rows.value[m], values);
-        for (int r = 0; r < R; r++) {
+      int32_t sums[M][R], sums_of_codes[R];
+      float values[M][R];
+      Few::INTEGER ? totals(rows.total[0], M * R, sums[0]) : totals(rows.value[0], M * R, values[0]);
+      if (Few::INTEGER && SHIFT != NONE) totals(rows.weights, R, sums_of_codes);
+      for (int r = 0; r < R; r++) {
+        const float scale = Few::ONE_SCALE ? float_of(uint32_t(w.scale[n[r]]) << 16) : 1.0f;
+        const int64_t zero = Few::INTEGER ? zero_point(w, n[r], 0) : 0;
+        const int64_t shifted = Few::INTEGER && SHIFT != NONE ? sums_of_codes[r] - zero * w.in_features : 0;
+        for (int m = 0; m < M; m++) {
           float& out = to[((s + r) * M + m) * Streams::PART];
-          const float scale = Few::ONE_SCALE ? float_of(uint32_t(w.scale[n[r]]) << 16) : 1.0f;
-          if (Few::INTEGER) {
-            const int64_t zero = zero_point(w, n[r], 0);
-            int64_t sum = sums[r] - zero * *row_sums[m];
-            if (SHIFT != NONE) sum -= code_of_zero[m] * (sums_of_codes[r] - zero * w.in_features);
-            out = float(sum) * scale * *rows.steps[m];
-          } else {
-            out = values[r] * (PLANES == 1 ? *rows.steps[m] : scale);
-          }
+          if (Few::INTEGER)
+            out = float(sums[m][r] - zero * row_sums[m] - code_of_zero[m] * shifted) * scale * *rows.steps[m];
+          else
+            out = values[m][r] * (PLANES == 1 ? *rows.steps[m] : scale);
         }
       }
     }

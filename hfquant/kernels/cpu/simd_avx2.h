@@ -46,6 +46,8 @@ struct V {
     sum = _mm256_add_epi32(sum, both);
   }
 #endif
+  // Adds up 8 bytes in each 64 bits, while these are less than 2**31.
+  static INLINE void add_up(I& sum, I u8) { sum = _mm256_add_epi64(sum, _mm256_sad_epu8(u8, zero())); }
   static INLINE I add_bytes(I a, I b) { return _mm256_add_epi8(a, b); }
   static INLINE I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static INLINE I sub(I a, I b) { return _mm256_sub_epi32(a, b); }

@@ -54,6 +54,7 @@ struct V {
   }
   // Partial sums may leave int32 and come back, as in the vector instructions.
   static INLINE int32_t wrap(int64_t v) { return int32_t(uint32_t(uint64_t(v))); }
+  static INLINE void add_up(I& sum, I u8) { dot(sum, u8, set(0x01010101)); }
   static INLINE I add_bytes(I a, I b) LANEWISE(I, a.v[i] + b.v[i])  // of small ones: nothing is carried
   static INLINE I add(I a, I b) LANEWISE(I, wrap(int64_t(a.v[i]) + b.v[i]))
   static INLINE I sub(I a, I b) LANEWISE(I, wrap(int64_t(a.v[i]) - b.v[i]))
