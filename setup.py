@@ -2,7 +2,8 @@
 
 They need a C++17 compiler and nothing else: neither torch nor Python headers (see hfquant/kernels/cpu/torch_abi.h).
 Without a compiler the package installs all the same and computes in plain torch. HFQUANT_BUILD=none leaves them out,
-HFQUANT_BUILD=asan builds them with AddressSanitizer and UBSan.
+HFQUANT_BUILD=scalar builds the plain C++ ones alone, as other processors have them, HFQUANT_BUILD=asan builds all with
+AddressSanitizer and UBSan.
 """
 
 import os
@@ -15,9 +16,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 
-SOURCES = sorted(str(path) for path in Path("hfquant/kernels/cpu").glob("*.cpp"))
-HEADERS = sorted(str(path) for path in Path("hfquant/kernels/cpu").glob("*.h"))
 KIND = os.environ.get("HFQUANT_BUILD", "release")
+FILES = ["isa_scalar.cpp", "ops.cpp"] if KIND == "scalar" else ["*.cpp"]
+SOURCES = sorted(str(path) for name in FILES for path in Path("hfquant/kernels/cpu").glob(name))
+HEADERS = sorted(str(path) for path in Path("hfquant/kernels/cpu").glob("*.h"))
 # Contracting a product and a sum would round once where the reference rounds twice.
 # No code looks at floating-point exceptions; without them a compiler may compute both sides of a choice, in vectors.
 # The warnings are about GCC's own headers, which leave undefined vectors undefined.
@@ -30,6 +32,7 @@ FLAGS = [
     "-Wno-uninitialized",
 ]
 FLAGS += ["-Wno-maybe-uninitialized"] if platform.system() == "Linux" else []
+FLAGS += ["-DHFQUANT_SCALAR"] if KIND == "scalar" else []
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 
@@ -42,7 +45,7 @@ class BuildKernels(build_ext):
 
         def compile_one(source: str, options: dict[str, Any]) -> str:
             # The plain C++ kernels take GCC longer than all others together to optimize any further.
-            level = ["-O2"] if KIND == "release" and "scalar" in source else []
+            level = [] if "scalar" not in source else ["-O0"] if KIND == "asan" else ["-O2"]
             arguments = options | {"extra_postargs": [*(options.get("extra_postargs") or []), *level]}
             return compile_all([source], **arguments)[0]
 

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from hfquant.kernels import native
 from hfquant.kernels.dequantize import dequantize_weight
 from hfquant.kernels.int4_linear import int4_linear
 from hfquant.kernels.int8_linear import int8_linear
+from hfquant.kernels.linear_op import ShortCut
 from hfquant.numerics.affine import scale_to_bits
 
 
@@ -136,6 +138,20 @@ def machine_limits() -> dict[str, float]:
         if native.instruction_sets().get("avx512"):
             limits["int8_gop_s"] = 12 * 128 * 3_000_000 / best_of(lambda: functions.multiply(3_000_000)) / 1e9
     return limits
+
+
+def call_overhead() -> dict[str, float]:
+    """Microseconds of a call with next to nothing to multiply, of the op that layers call and of ``F.linear``."""
+    if not native.instruction_sets():
+        return {}
+    op = ShortCut("int8_linear").op
+    x, layer = torch.randn(1, 64), torch.randn(4, 64)
+    weight = packed(CASES["w8a8"], 64, 4)
+    calls = {
+        "call_us": lambda: op(x, *weight, None, None, True, True, 0),
+        "call_float_us": lambda: torch.nn.functional.linear(x, layer),
+    }
+    return {name: min(timeit.repeat(call, number=5000, repeat=9)) / 5000 * 1e6 for name, call in calls.items()}
 
 
 def best_of(call: Callable[[], Any], times: int = 5) -> float:
@@ -266,6 +282,8 @@ def main(given: list[str] | None = None) -> list[dict[str, Any]]:
     names = (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
     cpu = next(names, platform.machine())
     print(f"{cpu}, {options.threads} thread(s), kernels {native.name()}, torch {torch.__version__}")
+    with torch.inference_mode():
+        limits |= {} if options.smoke else call_overhead()
     print(", ".join(f"{name} {value:.1f}" for name, value in limits.items()))
     shapes = {s: tuple(map(int, s.split("x"))) for s in options.shapes.split(",") if s} or SHAPES
     cases = {name: case for name, case in CASES.items() if not options.only or name in options.only.split(",")}

@@ -109,6 +109,14 @@ class Rows {
   // Whether `read` needs no scratch.
   bool is_dense() const { return type_ == Float::f32 && (strides_[dims_ - 1] == 1 || length <= 1); }
 
+  // Whether each row follows the one before it.
+  bool contiguous() const {
+    int64_t step = 1;
+    for (int64_t i = dims_ - 1; i >= 0; step *= sizes_[i--])
+      if (sizes_[i] != 1 && strides_[i] != step) return false;
+    return true;
+  }
+
   // Row `m` as it is; `dense` has room for a copy of one whose values are not neighbours.
   const char* raw(int64_t m, char* dense) const {
     const int64_t size = size_of(type_), step = strides_[dims_ - 1];

@@ -101,8 +101,7 @@ void gated_row(const void* gate, const void* up, Float type, int64_t count, Gate
   }
 }
 
-// Writes `act(values [count] + bias)` to row `m` of the result, from column `n0`.
-INLINE void store_row(const Output& out, int64_t m, int64_t n0, int count, float* values) {
+INLINE void store_values(const Output& out, int64_t m, int64_t n0, int count, float* values) {
   if (out.bias)
     for (int i = 0; i < count; i++) values[i] += out.bias[n0 + i];
   float acted[BETWEEN_PART];
@@ -113,6 +112,11 @@ INLINE void store_row(const Output& out, int64_t m, int64_t n0, int count, float
   }
   const int64_t size = out.type == Float::f32 ? 4 : 2;
   from_float(values, out.type, count, (char*)out.data + (m * out.columns + n0) * size);
+}
+
+// Writes `act(values [count] + bias)` to row `m` of the result, from column `n0`.
+INLINE void store_row(const Output& out, int64_t m, int64_t n0, int count, float* values) {
+  count == BLOCK ? store_values(out, m, n0, BLOCK, values) : store_values(out, m, n0, count, values);
 }
 
 // x * cos + (-x2, x1) * sin for the halves x1, x2 of `x [count]`, rounded to `type` after every operation.

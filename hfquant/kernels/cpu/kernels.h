@@ -2,6 +2,10 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__x86_64__) && !defined(HFQUANT_SCALAR)
+#define HFQUANT_X86  // there are tables for vectors
+#endif
+
 namespace hfquant {
 
 constexpr int BLOCK = 32;      // output features that one unit of work computes
@@ -190,7 +194,7 @@ inline int64_t attention_scratch(const Attention& a, int64_t rows) {
 }
 
 extern "C" const Kernels hfquant_scalar;
-#if defined(__x86_64__)
+#ifdef HFQUANT_X86
 extern "C" const Kernels hfquant_avx2;
 extern "C" const Kernels hfquant_avxvnni;
 extern "C" const Kernels hfquant_avx512;

@@ -160,11 +160,13 @@ void many_bf16_rows(const LinearCalls& calls, int64_t start, int64_t rows) {
   const Weight& w = call.w;
   const int64_t tile = kernels->tile, tiles = (rows + tile - 1) / tile, depth = panel_depth(w);
   auto values = buffer<uint16_t>(tiles * tile * depth);
+  const bool ready = call.x.type() == Float::bf16 && call.x.contiguous() && depth == w.in_features;
   parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
     auto natural = buffer<uint16_t>(tile * depth), dense = buffer<uint16_t>(2 * w.in_features);
     std::memset(natural.get(), 0, tile * depth * 2);
     for (int64_t t = begin; t < end; t++) {
-      for (int64_t m = t * tile; m < (t + 1) * tile; m++) {
+      const bool whole = ready && (t + 1) * tile <= rows;
+      for (int64_t m = t * tile; !whole && m < (t + 1) * tile; m++) {
         uint16_t* to = natural.get() + m % tile * depth;
         const char* row = m < rows ? call.x.raw(start + m, reinterpret_cast<char*>(dense.get())) : nullptr;
         if (!row)
@@ -174,7 +176,8 @@ void many_bf16_rows(const LinearCalls& calls, int64_t start, int64_t rows) {
         else
           kernels->round_row_bf16(reinterpret_cast<const float*>(row), w.in_features, to);
       }
-      kernels->arrange_bf16(natural.get(), depth, values.get() + t * tile * depth);
+      const auto* there = whole ? reinterpret_cast<const uint16_t*>(call.x.raw(start + t * tile, nullptr)) : natural.get();
+      kernels->arrange_bf16(there, depth, values.get() + t * tile * depth);
     }
   });
   const Bf16Rows x{rows, values.get()};

@@ -85,7 +85,7 @@ void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 bool has(const char* name) {
-#if defined(__x86_64__)
+#ifdef HFQUANT_X86
   const std::string isa(name);
   __builtin_cpu_init();  // asks the processor and whether the system saves the registers
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -101,7 +101,7 @@ bool has(const char* name) {
 }
 
 const Kernels* const TABLES[] = {
-#if defined(__x86_64__)
+#ifdef HFQUANT_X86
     &kernels_avx512bf16(), &hfquant_avx512, &hfquant_avxvnni, &hfquant_avx2,
 #endif
     &hfquant_scalar};

@@ -45,7 +45,7 @@ void to_float(const void* x, Float type, int64_t count, float* out) {
     for (int64_t i = 0; i < count; i++) out[i] = from_half(half[i]);
 }
 
-void from_float(const float* x, Float type, int64_t count, void* out) {
+INLINE void from_float(const float* x, Float type, int64_t count, void* out) {
   uint16_t* half = (uint16_t*)out;
   if (type == Float::f32) memcpy(out, x, count * 4);
   if (type == Float::bf16)
@@ -92,7 +92,7 @@ void round_row(const float* x, int64_t count, float scale, float zero, int8_t* c
 
 // Digits of x / scale in base 256, signed: x = scale * (d0 + d1 / 256 + d2 / 65536), scale a power of two such that
 // |x / scale| <= 127. The remainder is at most 2**-17 (three digits) or 2**-9 (two) of a step.
-float split_block(const float* x, int64_t count, int planes, uint32_t largest, int8_t* codes, int64_t padded) {
+INLINE float split_block(const float* x, int64_t count, int planes, uint32_t largest, int8_t* codes, int64_t padded) {
   // Exponent such that the largest magnitude is in (63.5, 127] steps; far below float32's range digits are zero.
   int exponent = int(largest >> 23) - 127 - 6 + ((largest & 0x7FFFFF) > 0x7E0000 ? 1 : 0);
   exponent = exponent < -100 ? -100 : exponent;
@@ -164,10 +164,13 @@ void quantize_row(const float* x, int64_t count, int planes, int64_t block, cons
     scales[0] = scale == 0 && !given ? 1.0f : scale;
     return round_row(x, count, scales[0], zero ? *zero : 0, codes);
   }
+  const auto split = [&](int64_t b, int64_t size) __attribute__((always_inline)) {
+    const float* part = x + b * block;
+    scales[b] = split_block(part, size, planes, largest_magnitude(part, size), codes + b * block, padded);
+  };
   for (int64_t b = 0; b < blocks; b++) {
-    const int64_t start = b * block, size = count - start < block ? count - start : block;
-    const uint32_t magnitude = largest_magnitude(x + start, size);
-    scales[b] = split_block(x + start, size, planes, magnitude, codes + start, padded);
+    const int64_t left = count - b * block, size = left < block ? left : block;
+    size == 32 ? split(b, 32) : size == 128 ? split(b, 128) : split(b, size);
   }
 }
 
@@ -233,20 +236,36 @@ INLINE void transpose_quads(const int8_t* rows, int64_t stride, int64_t quads, i
     for (int row = 0; row < TILE; row++) memcpy(out + (q * TILE + row) * 4, rows + row * stride + q * 4, 4);
 }
 
+// Sums of each row of a tile [quads, TILE, 4] over segments of `length` quads, times `factor`: [segments, TILE].
+template <int TILE>
+INLINE void sum_segments(const int8_t* codes, int64_t quads, int64_t length, int64_t segments, int32_t factor, int32_t* sums) {
+  constexpr int PARTS = (TILE + V::LANES - 1) / V::LANES, LAST = TILE - (PARTS - 1) * V::LANES;  // vectors of a quad
+  for (int64_t i = 0; i < segments; i++, sums += TILE) {
+    const int64_t end = (i + 1) * length < quads ? (i + 1) * length : quads;
+    for (int part = 0; part < PARTS; part++) {
+      const int8_t* from = codes + part * V::BYTES;
+      V::I sum = V::zero();
+      for (int64_t q = i * length; q < end; q++)  // what is loaded behind the rows of a quad is the next one's
+        V::dot(sum, V::set(0x01010101), q + V::LANES < quads ? V::load(from + q * TILE * 4) : V::load_partial(from + q * TILE * 4, LAST * 4));
+      alignas(64) int32_t out[V::LANES];
+      V::store(out, V::mul(sum, V::set(factor)));
+      memcpy(sums + part * V::LANES, out, (part + 1 < PARTS ? V::LANES : LAST) * 4);
+    }
+  }
+}
+
 template <int TILE>
 void arrange_tile(const Weight& w, int planes, int8_t* natural, int64_t padded, int8_t* codes, int32_t* sums) {
-  const int64_t depth = panel_depth(w), length = segment_of(w, planes), segments = segments_of(w, planes);
+  const int64_t depth = panel_depth(w), segments = segments_of(w, planes);
+  const int64_t length = segments == 1 ? depth : segment_of(w, planes);
   const int32_t factor = w.zero ? 1 : -(1 << (w.bits - 1));
   for (int p = 0; p < planes; p++, natural += padded, codes += depth * TILE, sums += segments * TILE) {
-    for (int row = 0; row < TILE; row++) {
+    for (int row = 0; w.bits == 4 && row < TILE; row++) {
       int8_t* from = natural + row * planes * padded;
-      for (int64_t i = 0; i < segments; i++) {
-        const int64_t left = w.in_features - i * length;
-        sums[i * TILE + row] = factor * sum_of(from + i * length, left < length ? left : length);
-      }
-      for (int64_t k = 0; w.bits == 4 && k < depth; k += V::BYTES) V::store(from + k, V::evens_first(V::load(from + k)));
+      for (int64_t k = 0; k < depth; k += V::BYTES) V::store(from + k, V::evens_first(V::load(from + k)));
     }
     transpose_quads<TILE>(natural, planes * padded, depth / 4, codes);
+    sum_segments<TILE>(codes, depth / 4, length / 4, segments, factor, sums);
   }
 }
 
