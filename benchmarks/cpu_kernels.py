@@ -4,8 +4,9 @@
     python benchmarks/cpu_kernels.py --only w8a8 --shapes 2048x2048 --rows 1,128
 
 With one thread the clock is the thread's own CPU time, which other programs disturb less than wall time. Weights of
-M <= 8 rotate over copies larger than the cache. Ops are timed alone, and again in turns with the float layers, so that
-both meet the same disturbances and cold caches: that is ``x float``. Each row shows the largest error, relative to the
+M <= 8 rotate over copies larger than the cache. Ops are timed beside what they are up against (reading memory up to 8
+rows, INT8 products behind), of which they reach so many percent, and again in turns with the float layers, so that both
+meet the same disturbances and cold caches: that is ``x float``. Each row shows the largest error, relative to the
 largest result of a float64 product, and is refused if it is out of bounds. Limits of the machine are measured in the
 same run (limits.cpp).
 """
@@ -117,9 +118,18 @@ def seconds(calls: Calls, budget: float) -> float:
     return in_turns([calls], budget)[0][0]
 
 
-def machine_limits() -> dict[str, float]:
-    """GB/s read from memory and INT8 GOP/s of one thread; without a compiler or VNNI they are missing."""
-    limits: dict[str, float] = {}
+@dataclass(frozen=True)
+class Limit:
+    """What one thread can do: calls that do only that, how much each does, the best rate in billions a second."""
+
+    calls: Calls
+    amount: float
+    rate: float
+
+
+def machine_limits() -> dict[str, Limit]:
+    """``read``: bytes from memory; ``int8``: operations. Without a compiler or VNNI they are missing."""
+    limits: dict[str, Limit] = {}
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "limits.so"
         source = Path(__file__).parent / "limits.cpp"
@@ -127,16 +137,23 @@ def machine_limits() -> dict[str, float]:
         if platform.machine() != "x86_64" or subprocess.run(command, check=False).returncode:
             return limits
         functions = ctypes.CDLL(str(library))
-        functions.read_memory.argtypes, functions.multiply.argtypes = (
-            [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t],
-            [ctypes.c_int64],
-        )
-        memory = torch.ones(1 << 27, dtype=torch.int32)
-        rows = (2048, memory.nbytes // 4)  # near each other, and far apart
-        read = min(best_of(lambda r=r: functions.read_memory(memory.data_ptr(), memory.nbytes, r)) for r in rows)
-        limits["read_gb_s"] = memory.nbytes / read / 1e9
-        if native.instruction_sets().get("avx512"):
-            limits["int8_gop_s"] = 12 * 128 * 3_000_000 / best_of(lambda: functions.multiply(3_000_000)) / 1e9
+    functions.read_memory.argtypes, functions.multiply.argtypes = (
+        [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t],
+        [ctypes.c_int64],
+    )
+    memory = torch.ones(1 << 27, dtype=torch.int32)
+    read = {  # rows near each other, and far apart
+        near: best_of(lambda row=row: functions.read_memory(memory.data_ptr(), memory.nbytes, row))
+        for near, row in ((True, 2048), (False, memory.nbytes // 4))
+    }
+    best = min(read, key=read.__getitem__)
+    parts = memory.split(1 << 23)  # 32 MiB each
+    row = 2048 if best else parts[0].nbytes // 4
+    calls = [lambda p=p: functions.read_memory(p.data_ptr(), p.nbytes, row) for p in parts]
+    limits["read"] = Limit(calls, parts[0].nbytes, memory.nbytes / read[best] / 1e9)
+    if native.instruction_sets().get("avx512"):
+        rate = 12 * 128 * 3_000_000 / best_of(lambda: functions.multiply(3_000_000)) / 1e9
+        limits["int8"] = Limit([lambda: functions.multiply(100_000)], 12 * 128 * 100_000, rate)
     return limits
 
 
@@ -223,8 +240,15 @@ def bitsandbytes_rows(k: int, n: int, m: int, options: argparse.Namespace) -> di
 
 
 def measure(
-    name: str, case: Case, k: int, n: int, m: int, floats: dict[str, Calls], options: argparse.Namespace
+    name: str,
+    case: Case,
+    shape: tuple[int, int, int],
+    floats: dict[str, Calls],
+    limits: dict[str, Limit],
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
+    """One row: the op ``name`` for ``shape`` (K, N, M)."""
+    k, n, m = shape
     x = torch.randn(m, k).to(case.dtype)
     op = int4_linear if case.bits == 4 else int8_linear
     one = packed(case, k, n)
@@ -235,19 +259,29 @@ def measure(
     if not error <= case.bound:
         raise SystemExit(f"{name} {k}x{n} M={m}: error {error:.2e} of the largest result, allowed {case.bound:.0e}")
     calls = [lambda w=w: op(x, *w, **case.arguments()) for w in weights]
-    middle, spread = in_turns([calls], options.budget)[0]
+    near = limits.get("read" if m <= 8 else "int8")  # which of them it is up against
+    rivals = [calls, *([near.calls] if near else [])]
+    if m <= 8:  # one after the other: reading memory would empty the caches that the next call finds
+        (middle, spread), *probe = [in_turns([rival], options.budget)[0] for rival in rivals]
+    else:
+        (middle, spread), *probe = in_turns(rivals, options.budget)
     (beside, _), *others = in_turns([calls, *floats.values()], options.budget)
     times = {key: other[0] for key, other in zip(floats, others, strict=True)}
     torch.set_float32_matmul_precision("highest")
-    speeds = {"speedup": min(times.values()) / beside, "times_fp32": times["fp32"] / beside}
-    return (
-        {"op": name, "M": m, "us": middle * 1e6, "spread": spread, "max_error": error}
-        | speeds
-        | {
-            "GB_s": size / middle / 1e9,
-            "GOP_s": 2 * m * n * k / middle / 1e9,
-        }
-    )
+    rates = {"read": size / middle / 1e9, "int8": 2 * m * n * k / middle / 1e9}
+    best = {key: limit.amount / probe[0][0] / 1e9 if limit is near else limit.rate for key, limit in limits.items()}
+    return {
+        "op": name,
+        "M": m,
+        "us": middle * 1e6,
+        "spread": spread,
+        "max_error": error,
+        "speedup": min(times.values()) / beside,
+        "times_fp32": times["fp32"] / beside,
+        "GB_s": rates["read"],
+        "GOP_s": rates["int8"],
+        **{f"of_{key}": rates[key] / value for key, value in best.items()},
+    }
 
 
 def relative_error(found: Tensor, x: Tensor, weight: tuple[Tensor, Tensor, None], case: Case, k: int) -> float:
@@ -279,12 +313,13 @@ def main(given: list[str] | None = None) -> list[dict[str, Any]]:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     limits = {} if options.smoke else machine_limits()
+    measured = {f"{name}_G_s": limit.rate for name, limit in limits.items()}
     names = (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
     cpu = next(names, platform.machine())
     print(f"{cpu}, {options.threads} thread(s), kernels {native.name()}, torch {torch.__version__}")
     with torch.inference_mode():
-        limits |= {} if options.smoke else call_overhead()
-    print(", ".join(f"{name} {value:.1f}" for name, value in limits.items()))
+        measured |= {} if options.smoke else call_overhead()
+    print(", ".join(f"{name} {value:.1f}" for name, value in measured.items()))
     shapes = {s: tuple(map(int, s.split("x"))) for s in options.shapes.split(",") if s} or SHAPES
     cases = {name: case for name, case in CASES.items() if not options.only or name in options.only.split(",")}
     rows = []
@@ -296,13 +331,13 @@ def main(given: list[str] | None = None) -> list[dict[str, Any]]:
                 floats |= peer_rows(k, n, m, options)
                 print(f"\n{layer} {k}x{n} M={m}: " + ", ".join(f"{a} {b * 1e6:.0f} us" for a, b in floats.items()))
                 for name, case in cases.items():
-                    row = {"layer": layer, "K": k, "N": n} | measure(name, case, k, n, m, layers, options)
+                    row = {"layer": layer, "K": k, "N": n} | measure(name, case, (k, n, m), layers, limits, options)
                     row["floats"] = floats
                     rows.append(row)
-                    print(_line(row, limits), flush=True)
+                    print(_line(row), flush=True)
     torch.set_num_threads(before)
     if options.json:
-        options.json.write_text(json.dumps({"cpu": cpu, "limits": limits, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"cpu": cpu, "limits": measured, "rows": rows}, indent=1) + "\n")
     return rows
 
 
@@ -316,9 +351,8 @@ def _exact(row: dict[str, Any]) -> str:
     return f" ({row['times_fp32']:5.2f}x float32)" if kept else " " * 17
 
 
-def _line(row: dict[str, Any], limits: dict[str, float]) -> str:
-    read = f" ({100 * row['GB_s'] / limits['read_gb_s']:3.0f} %)" if "read_gb_s" in limits else ""
-    peak = f" ({100 * row['GOP_s'] / limits['int8_gop_s']:3.0f} %)" if "int8_gop_s" in limits else ""
+def _line(row: dict[str, Any]) -> str:
+    read, peak = (f" ({100 * row[key]:3.0f} %)" if key in row else "" for key in ("of_read", "of_int8"))
     times = f"{row['us']:9.1f} us +-{50 * row['spread']:3.0f} %  {row['speedup']:5.2f}x float{_exact(row)}"
     return (
         f"  {row['op']:<18} {times}"
