@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hfquant import quantize_model_ptq
 from hfquant.kernels import native
+from hfquant.kernels.dequantize import dequantize_weight
+from hfquant.numerics.affine import scale_to_bits
 
 
 MEASURE = """
@@ -49,3 +51,29 @@ def test_a_loaded_model_takes_the_memory_of_its_file(tmp_path: Path) -> None:
     assert found["loaded"] <= 1.15 * size, (found, size)
     assert found["used"] <= 1.15 * size + ACTIVATIONS, (found, size)
     assert torch.float32.itemsize * 64_000 * 512 > size + ACTIVATIONS  # a float copy of the table could not hide
+
+
+def flags_at(address: int) -> list[str]:
+    """What the system knows of the memory at ``address``."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *values = line.split()
+        if "-" in name and not name.endswith(":"):
+            start, end = (int(part, 16) for part in name.split("-"))
+            inside = start <= address < end
+        elif inside and name == "VmFlags:":
+            return values
+    raise AssertionError(f"{address:x} is not mapped")
+
+
+@pytest.mark.skipif(not native.is_active(), reason="no native kernels")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no large pages")
+def test_large_results_ask_for_large_pages() -> None:
+    pages, page = 40, 1 << 21  # more than malloc ever takes from memory that it has: 32 MiB
+    weight = torch.zeros(page // 256, 16 * pages, dtype=torch.int32)
+    scale = scale_to_bits(torch.ones(len(weight), 1))
+    result = dequantize_weight(weight, scale, None, bits=8, in_features=64 * pages, dtype=torch.float32)
+    assert result.nbytes == pages * page
+    aligned = -(-result.data_ptr() // page) * page
+    assert "hg" in flags_at(aligned) and "hg" in flags_at(aligned + (pages - 2) * page)
+    assert (result == -128).all()

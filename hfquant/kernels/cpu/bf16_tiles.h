@@ -89,6 +89,7 @@ INLINE void multiply_bf16(const uint8_t* panel, const uint16_t* x, int64_t pairs
   for (int m = 0; m < ROWS; m++) total[m][0] = total[m][1] = V::zerof();
   for (int64_t q = 0; q < pairs; q++, panel += BLOCK * 4, x += TILE * 2) {
     const __m512i a = V::load(panel), b = V::load(panel + V::BYTES);
+    V::prefetch((const char*)x + AHEAD);
 #pragma GCC unroll 12
     for (int m = 0; m < ROWS; m++) {
       const __m512i pair = V::quad(x + m * 2);

@@ -4,6 +4,10 @@ namespace {
 
 constexpr int TILE = V::REGISTERS == 32 ? 12 : 4, HALF = TILE / 2;  // TILE x 2 accumulators, 2 vectors of weights, 1 of activations
 
+// Bytes of a tile to prefetch ahead: those of long rows come from the cache that other programs use too, and the
+// processor's own prefetcher stops at the end of each page.
+constexpr int AHEAD = 2048;
+
 template <int N>
 struct Count {
   constexpr int operator()() const { return N; }

@@ -15,6 +15,7 @@ INLINE void multiply(const uint8_t* panel, const int8_t* x, int64_t quads, const
   }
   for (int64_t q = 0; q < quads; q++, panel += BLOCK * 4, x += TILE * 4) {
     const V::I a = V::load(panel), b = V::load(panel + V::BYTES);
+    V::prefetch((const char*)x + AHEAD);
 #pragma GCC unroll 12
     for (int m = 0; m < ROWS; m++) {
       const V::I quad = V::quad(x + m * 4);

@@ -3,6 +3,9 @@
 // compiles without torch, links no torch, and one build works with every torch that keeps the interface.
 #pragma once
 #include <dlfcn.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <cstdint>
 #include <stdexcept>
@@ -70,6 +73,17 @@ inline void require(bool condition, const char* message) {
   if (!condition) throw std::runtime_error(std::string("hfquant: ") + message);
 }
 
+// Asks for large pages, whole ones inside of new memory, where THP_MEM_ALLOC_ENABLE=1 would for all tensors of torch:
+// glibc gives large tensors back to the system after each use, and new memory costs a page fault every 4 kB.
+inline void ask_for_large_pages(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t PAGE = 1 << 21;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t start = (first + PAGE - 1) & ~(PAGE - 1), end = (first + bytes) & ~(PAGE - 1);
+  if (end > start) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);  // it may refuse
+#endif
+}
+
 // Owns one reference to a tensor.
 class Tensor {
  public:
@@ -98,7 +112,11 @@ class Tensor {
     Handle out;
     check(torch.aoti_torch_empty_strided(dims, sizes, strides, dtype, torch.aoti_torch_device_type_cpu(), 0, &out),
           "empty");
-    return Tensor(out);
+    Tensor result(out);
+    int64_t bytes = dtype == torch.aoti_torch_dtype_float32() ? 4 : dtype == torch.aoti_torch_dtype_int8() ? 1 : 2;
+    for (int64_t i = 0; i < dims; i++) bytes *= sizes[i];
+    if (bytes >= 1 << 22) ask_for_large_pages(result.data<void>(), bytes);
+    return result;
   }
   // An argument of an op, whose reference passes to the callee.
   static Tensor argument(StableIValue value) { return Tensor(reinterpret_cast<Handle>(value)); }
