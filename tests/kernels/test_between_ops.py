@@ -17,7 +17,7 @@ from hfquant.kernels.rms_norm.reference import rms_norm_reference
 from hfquant.kernels.rotary import fits_native, rotary
 from hfquant.kernels.rotary.reference import rotary_reference
 from tests.support.linear_case import DTYPES, OPS, LinearCase
-from tests.support.tolerance import GRADIENT_FACTOR, SAME_VALUES, assert_close
+from tests.support.tolerance import GELU, GRADIENT_FACTOR, SAME_VALUES, TORCH_GELU, assert_close
 
 
 SETS = [*(name for name, usable in native.instruction_sets().items() if usable), "reference"]
@@ -82,6 +82,14 @@ def test_gates_saturate_as_torch_does(kind: int) -> None:
     finite = expected.isfinite()
     assert torch.equal(found[~finite & ~expected.isnan()], expected[~finite & ~expected.isnan()].float())
     torch.testing.assert_close(found[finite].double(), expected[finite], **SAME_VALUES)
+
+
+@pytest.mark.parametrize("kind", [GATES.index("gelu"), GATES.index("gelu_tanh")])
+def test_gelu_errs_by_little_more_than_its_rounding(kind: int) -> None:
+    x = torch.cat((torch.linspace(-12, 12, 300_001), torch.linspace(-1e-3, 1e-3, 1001)))
+    found = gated_product(x, torch.ones_like(x), kind).double()
+    exact = gated_product_reference(x.double(), torch.ones_like(x).double(), kind)
+    torch.testing.assert_close(found, exact, **(GELU if native.is_active() else TORCH_GELU))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -59,30 +59,12 @@ INLINE float exponential(float x) {
   return p * float_of(uint32_t(int32_t(n) + 127) << 23);
 }
 
-// GELU, x / 2 * (1 + erf(x / sqrt 2)); the error function as in Abramowitz and Stegun, 7.1.26.
-INLINE float gelu(float x) {
-  const float size = x < 0 ? -x : x, z = size * 0.70710678f, t = 1.0f / V::fused(z, 0.3275911f, 1.0f);
-  float p = 1.061405429f;
-  p = V::fused(p, t, -1.453152027f);
-  p = V::fused(p, t, 1.421413741f);
-  p = V::fused(p, t, -0.284496736f);
-  p = V::fused(p, t, 0.254829592f);
-  const float tail = 0.5f * p * t * exponential(-z * z), finite = x > 40.0f ? 40.0f : x;
-  return x > 0 ? x - finite * tail : x * tail;
-}
-
-// act(gate), where act(x) = x / (1 + e**-t): t = x is SiLU, t = 2 sqrt(2 / pi) (x + 0.044715 x**3) is GELU with tanh.
-// `values` are not `gate`.
+// act(gate); `values` are not `gate`, and have room for whole vectors.
 INLINE void act_part(const float* gate, int64_t count, Gate kind, float* values) {
   if (kind == Gate::silu)
     for (int64_t i = 0; i < count; i++) values[i] = gate[i] / (1.0f + exponential(-gate[i]));
-  else if (kind == Gate::gelu)
-    for (int64_t i = 0; i < count; i++) values[i] = gelu(gate[i]);
   else
-    for (int64_t i = 0; i < count; i++) {
-      const float x = gate[i], t = 1.5957691216f * (x + 0.044715f * x * x * x);
-      values[i] = x / (1.0f + exponential(-t));
-    }
+    gelu_part(gate, count, tail_of(kind), values);
 }
 
 // The result may be the gate.

@@ -14,6 +14,7 @@
 namespace hfquant {
 #include "simd_avx512.h"
 #include "rows.h"
+#include "gelu_rows.h"
 #include "between_rows.h"
 #include "panel.h"
 #include "bf16_tiles.h"

@@ -15,6 +15,7 @@ namespace hfquant {
 #include "simd_avx2.h"
 #include "rows.h"
 #include "training_rows.h"
+#include "gelu_rows.h"
 #include "between_rows.h"
 #include "panel.h"
 #include "attention_rows.h"

@@ -76,6 +76,13 @@ struct V {
     for (int i = 0; i < 4; i++) out[i] = totalf(v[i]);
   }
   static INLINE F maxf(F a, F b) { return _mm256_max_ps(a, b); }
+  static INLINE F minf(F a, F b) { return _mm256_min_ps(a, b); }
+  // Of 16 values those that the lowest four bits of `index` count.
+  static INLINE F lookup(const float* values, F index) {
+    const I i = _mm256_castps_si256(index);
+    const F low = _mm256_permutevar8x32_ps(loadf(values), i), high = _mm256_permutevar8x32_ps(loadf(values + 8), i);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+  }
   static INLINE float largest(F v) {
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     m = _mm_max_ps(m, _mm_movehl_ps(m, m));

@@ -58,6 +58,9 @@ struct V {
   static INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
   static INLINE F addf(F a, F b) { return _mm512_add_ps(a, b); }
   static INLINE F maxf(F a, F b) { return _mm512_max_ps(a, b); }
+  static INLINE F minf(F a, F b) { return _mm512_min_ps(a, b); }
+  // Of 16 values those that the lowest four bits of `index` count.
+  static INLINE F lookup(const float* values, F index) { return _mm512_permutexvar_ps(_mm512_castps_si512(index), loadf(values)); }
   static INLINE float largest(F v) { return _mm512_reduce_max_ps(v); }
   // Inline assembly for the same reason as above.
   static INLINE void add_product(F& sum, F a, F b) { __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }

@@ -83,6 +83,13 @@ struct V {
     return pairs.v[0] > pairs.v[1] ? pairs.v[0] : pairs.v[1];
   }
   static INLINE F maxf(F a, F b) LANEWISE(F, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
+  static INLINE F minf(F a, F b) LANEWISE(F, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
+  // Of 16 values those that the lowest four bits of `index` count.
+  static INLINE F lookup(const float* values, F index) {
+    int32_t at[LANES];
+    memcpy(at, index.v, BYTES);
+    LANEWISE(F, values[at[i] & 15])
+  }
   static INLINE void add_product(F& sum, F a, F b) { sum = fma(a, b, sum); }
   static INLINE float totalf(F v) { return (v.v[0] + v.v[1]) + (v.v[2] + v.v[3]); }
 

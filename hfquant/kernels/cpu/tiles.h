@@ -105,13 +105,15 @@ void tile_of_segments(const Weight& w, const Activations& a, int64_t t, int half
   }
 }
 
-// Writes `values [count] * scale + bias` to row `m` of the result, from column `n0`.
+// Writes `act(values [count] * scale + bias)` to row `m` of the result, from column `n0`.
 INLINE void store_scaled(const Output& out, int64_t m, int64_t n0, int count, float scale, float* values) {
-  const bool whole = out.type == Float::f32 && count == BLOCK && out.act == Gate::none;
+  const bool whole = out.type == Float::f32 && count == BLOCK && out.act != Gate::silu;
   float* to = whole ? (float*)out.data + m * out.columns + n0 : values;
   for (int i = 0; i < BLOCK; i += V::LANES) {
-    const V::F v = V::mulf(V::loadf(values + i), V::setf(scale));
-    V::storef(to + i, whole && out.bias ? V::addf(v, V::loadf(out.bias + n0 + i)) : v);
+    V::F v = V::mulf(V::loadf(values + i), V::setf(scale));
+    if (whole && out.bias) v = V::addf(v, V::loadf(out.bias + n0 + i));
+    if (whole && out.act != Gate::none) v = gelu(v, tail_of(out.act));
+    V::storef(to + i, v);
   }
   if (!whole) store_row(out, m, n0, count, values);
 }
