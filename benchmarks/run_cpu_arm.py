@@ -46,6 +46,8 @@ class Transformers:
             torch._dynamo.config.allow_unspec_int_on_nn_module = True
             # Nothing about the model changes: without this, checking that takes up to a fifth of a token's time.
             options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+            # Calls in C++ instead of Python, without a check of each result's sizes: a tenth of a token's time.
+            options |= {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False, "scalar_asserts": False}
             if spec["engine"] == "zentorch":
                 import zentorch  # noqa: F401 (it registers a backend)
 
