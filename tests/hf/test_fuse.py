@@ -276,6 +276,19 @@ def test_compiled_models_run_the_same_ops() -> None:
         assert sum(op in name for name in ops) == count
 
 
+@pytest.mark.slow
+def test_compiled_models_may_call_ops_from_cpp() -> None:
+    model = quantized(quantization_type="weight_only")
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "cpp_wrapper": True}
+    options |= {"size_asserts": False, "alignment_asserts": False, "scalar_asserts": False}  # all of docs/kernels.md
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, options=options)
+    for inputs in ({"input_ids": IDS}, {"input_ids": IDS.flip(1)}):
+        with torch.no_grad():
+            found = compiled(**inputs, use_cache=False).logits
+        torch.testing.assert_close(found, logits(model, **inputs), rtol=1e-3, atol=1e-3)
+
+
 def test_an_exported_program_has_no_native_ops() -> None:
     model = quantized()
     with torch.no_grad():
