@@ -59,6 +59,19 @@ def test_integer_layers_are_the_reference_bit_for_bit(bits: int, m: int, kind: s
 
 
 @pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("kind", INTEGER_KINDS)
+@pytest.mark.parametrize(("m", "k", "n"), [(2, 16400, 9), (4, 4224, 35), (8, 2049, 40), (7, 9001, 33), (8, 8192, 5)])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_long_rows_are_multiplied_in_parts(bits: int, symmetric: bool, m: int, k: int, n: int, kind: str) -> None:
+    case = LinearCase(m, k, n, bits, None, symmetric)
+    result = case.run(case.x, kind, bias=case.bias)
+    assert_close(result, case.oracle(kind), case.plain(kind))
+    if symmetric:
+        assert torch.equal(result, reference(case, case.x, kind, case.bias))
+
+
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m", [1, 2, 4, 7, 13, 26])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])

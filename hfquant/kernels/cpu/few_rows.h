@@ -4,6 +4,8 @@ namespace {
 
 constexpr int64_t MAX_IN_FEATURES = 65536;  // 255 * 128 * 65536 < 2**31: sums of products stay within int32
 
+constexpr int64_t NEAR_BYTES = 16 << 10;  // of activations that stay in a first-level cache of 32 kB, beside weights that pass
+
 // Bytes to prefetch ahead: the processor's own prefetcher stops at the end of each page. Behind the end of a short stream
 // much of it would be for nothing (the layers of SmolLM2, INT8: 6.8 ms with 8192, 6.5 ms with 2048; one thread, Zen 4).
 INLINE int64_t prefetch_ahead(int64_t stream_bytes) { return stream_bytes < 1 << 19 ? 2048 : 8192; }
@@ -79,7 +81,10 @@ struct FewRows {
   V::F shift[M];            // minus the code of zero
   V::I minus_zero;          // the same in every byte, FOLDED
   V::I row_zero[R];         // zero point of a row of the weight, CHANNEL_ZERO
-  V::I total[M][R], weights[R];
+  struct Integers {
+    V::I total[M][R], weights[R];
+  };
+  Integers* sums_of;        // INTEGER; of what is behind `from`, if that is not 0
   V::F value[M][R];
 
   template <bool WHOLE, int PER>
@@ -165,7 +170,8 @@ struct FewRows {
     }
   }
 
-  INLINE void run(const Lanes* lanes) {
+  // Chunks `from` .. `to`.
+  INLINE void run(const Lanes* lanes, int64_t from, int64_t to) {
     // Accumulators stay in registers only where nothing indexes them with a variable.
     V::I total_here[M][R], weights_here[R];
     V::F value_here[M][R];
@@ -174,18 +180,18 @@ struct FewRows {
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
         value_here[m][r] = V::zerof();
-        total_here[m][r] = V::zero();
+        total_here[m][r] = INTEGER && from ? sums_of->total[m][r] : V::zero();
       }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) weights_here[r] = V::zero();
-    const int64_t whole = w.row_bytes / STEP;
+    for (int r = 0; r < R; r++) weights_here[r] = INTEGER && from ? sums_of->weights[r] : V::zero();
+    const int64_t whole = to * STEP <= w.row_bytes ? to : to - 1;
     const int even = ONE_SCALE ? 0 : lanes->even;
     const V::I bytes = even ? V::load(lanes->bytes) : V::zero();
     const auto steps = [&](auto per) __attribute__((always_inline)) {
-      for (int64_t c = 0; c < whole; c++) step<true, per()>(c, lanes, bytes, total_here, weights_here, value_here);
+      for (int64_t c = from; c < whole; c++) step<true, per()>(c, lanes, bytes, total_here, weights_here, value_here);
     };
     if constexpr (ONE_SCALE)  // without the closure: with it accumulators of 8 rows went to memory
-      for (int64_t c = 0; c < whole; c++) step<true, 0>(c, lanes, bytes, total_here, weights_here, value_here);
+      for (int64_t c = from; c < whole; c++) step<true, 0>(c, lanes, bytes, total_here, weights_here, value_here);
     else if (even == 4)
       steps(Count<4>());
     else if (even == 2)
@@ -194,14 +200,14 @@ struct FewRows {
       steps(Count<1>());
     else
       steps(Count<0>());
-    if (whole < chunks) step<false, 0>(whole, lanes, bytes, total_here, weights_here, value_here);
+    if (whole < to) step<false, 0>(whole, lanes, bytes, total_here, weights_here, value_here);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) weights[r] = weights_here[r];
+    for (int r = 0; INTEGER && r < R; r++) sums_of->weights[r] = weights_here[r];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
-        total[m][r] = total_here[m][r];
+        if (INTEGER) sums_of->total[m][r] = total_here[m][r];
         value[m][r] = value_here[m][r];
       }
   }
@@ -251,7 +257,7 @@ void few_tile(const Weight& w, const Activations& a, int64_t m0, const Streams& 
   int32_t code_of_zero[M];
   for (int m = 0; m < M; m++) {  // past the last row it is computed again
     const int64_t row = m0 + m < a.rows ? m0 + m : a.rows - 1;
-    rows.x[m] = a.codes + row * PLANES * chunks * CHUNK;
+    rows.x[m] = a.codes + row * a.row_codes;
     rows.sums[m] = a.sums + row * parts_of(BITS, PLANES) * chunks * V::LANES;
     rows.steps[m] = a.scale + row * (PLANES == 1 ? 1 : chunks);
     row_sums[m] = Few::INTEGER ? a.row_sums[row] : 0;
@@ -260,35 +266,44 @@ void few_tile(const Weight& w, const Activations& a, int64_t m0, const Streams& 
     if (SHIFT == FOLDED) rows.minus_zero = V::set((-code_of_zero[m] & 0xFF) * 0x01010101);
   }
   uint8_t zeros[MODE == GROUP_ZERO ? R : 1][MODE == GROUP_ZERO ? MAX_IN_FEATURES / 4 + 2 : 1];
-  const int64_t end = i + Streams::PART < streams.length ? i + Streams::PART : streams.length;
-  for (float* to = tile; i < end; i++, to++)
-    for (int s = 0; s < Streams::COUNT; s += R) {
-      int64_t n[R];
-      for (int r = 0; r < R; r++) {
-        n[r] = streams.row(s + r, i) < streams.last ? streams.row(s + r, i) : streams.last - 1;
-        rows.codes[r] = w.codes + n[r] * w.row_bytes;
-        rows.scales[r] = w.scale + n[r] * w.groups;
-        if (MODE == GROUP_ZERO) rows.zeros[r] = unpack_zeros(w, n[r], zeros[r]);
-        if (MODE == CHANNEL_ZERO) rows.row_zero[r] = V::set(zero_point(w, n[r], 0));
-      }
-      rows.run(lanes);
-      int32_t sums[M][R], sums_of_codes[R];
-      float values[M][R];
-      Few::INTEGER ? totals(rows.total[0], M * R, sums[0]) : totals(rows.value[0], M * R, values[0]);
-      if (Few::INTEGER && SHIFT != NONE) totals(rows.weights, R, sums_of_codes);
-      for (int r = 0; r < R; r++) {
-        const float scale = Few::ONE_SCALE ? float_of(uint32_t(w.scale[n[r]]) << 16) : 1.0f;
-        const int64_t zero = Few::INTEGER ? zero_point(w, n[r], 0) : 0;
-        const int64_t shifted = Few::INTEGER && SHIFT != NONE ? sums_of_codes[r] - zero * w.in_features : 0;
-        for (int m = 0; m < M; m++) {
-          float& out = to[((s + r) * M + m) * Streams::PART];
-          if (Few::INTEGER)
-            out = float(sums[m][r] - zero * row_sums[m] - code_of_zero[m] * shifted) * scale * *rows.steps[m];
-          else
-            out = values[m][r] * (PLANES == 1 ? *rows.steps[m] : scale);
+  const int64_t count = i + Streams::PART < streams.length ? Streams::PART : streams.length - i;
+  // Several long rows of activations are multiplied a part at a time, which stays in the nearest cache.
+  constexpr bool IN_PARTS = Few::INTEGER && M > 1;
+  typename Few::Integers kept[IN_PARTS ? Streams::PART * Streams::COUNT / R : 1];
+  const int64_t parts = IN_PARTS ? (M * chunks * CHUNK + NEAR_BYTES - 1) / NEAR_BYTES : 1, part = (chunks + parts - 1) / parts;
+  for (int64_t from = 0; from < chunks; from += part) {
+    const int64_t to = from + part < chunks ? from + part : chunks;
+    for (int j = 0; j < count; j++)
+      for (int s = 0; s < Streams::COUNT; s += R) {
+        int64_t n[R];
+        for (int r = 0; r < R; r++) {
+          n[r] = streams.row(s + r, i + j) < streams.last ? streams.row(s + r, i + j) : streams.last - 1;
+          rows.codes[r] = w.codes + n[r] * w.row_bytes;
+          rows.scales[r] = w.scale + n[r] * w.groups;
+          if (MODE == GROUP_ZERO) rows.zeros[r] = unpack_zeros(w, n[r], zeros[r]);
+          if (MODE == CHANNEL_ZERO) rows.row_zero[r] = V::set(zero_point(w, n[r], 0));
+        }
+        rows.sums_of = &kept[IN_PARTS ? j * (Streams::COUNT / R) + s / R : 0];
+        rows.run(lanes, from, to);
+        if (to < chunks) continue;
+        int32_t sums[M][R], sums_of_codes[R];
+        float values[M][R];
+        Few::INTEGER ? totals(rows.sums_of->total[0], M * R, sums[0]) : totals(rows.value[0], M * R, values[0]);
+        if (Few::INTEGER && SHIFT != NONE) totals(rows.sums_of->weights, R, sums_of_codes);
+        for (int r = 0; r < R; r++) {
+          const float scale = Few::ONE_SCALE ? float_of(uint32_t(w.scale[n[r]]) << 16) : 1.0f;
+          const int64_t zero = Few::INTEGER ? zero_point(w, n[r], 0) : 0;
+          const int64_t shifted = Few::INTEGER && SHIFT != NONE ? sums_of_codes[r] - zero * w.in_features : 0;
+          for (int m = 0; m < M; m++) {
+            float& out = tile[((s + r) * M + m) * Streams::PART + j];
+            if (Few::INTEGER)
+              out = float(sums[m][r] - zero * row_sums[m] - code_of_zero[m] * shifted) * scale * *rows.steps[m];
+            else
+              out = values[m][r] * (PLANES == 1 ? *rows.steps[m] : scale);
+          }
         }
       }
-    }
+  }
 }
 
 template <int BITS, int PLANES, int M, Mode MODE, Shift SHIFT>

@@ -24,7 +24,7 @@ struct Weight {
 };
 
 // Activations as a kernel wants them; the caller owns the memory. `chunk` is what one vector of weights multiplies.
-//   few rows:  codes [M, planes, chunks, chunk], sums [M, parts, chunks, lanes]   (of 4 or 8 codes)
+//   few rows:  codes [M, planes, chunks, chunk] (rows may be further apart), sums [M, parts, chunks, lanes]   (of 4 or 8 codes)
 //   tiles:     codes [tiles, planes, K / 4, tile, 4], sums [tiles, planes, segments, tile]
 // With a symmetric weight sums are multiplied by -2**(bits-1), so that an accumulator can start from them.
 // Quantized activations have one scale a row. Digits of float ones have one a chunk [M, chunks] or a segment
@@ -33,6 +33,7 @@ struct Activations {
   int64_t rows;
   int planes;
   const int8_t* codes;
+  int64_t row_codes;  // from one row to the next; few rows only
   const int32_t* sums;
   const int32_t* row_sums;  // [M]; few rows of one plane only
   const float* scale;

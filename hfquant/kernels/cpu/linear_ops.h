@@ -55,7 +55,10 @@ void few_rows(const LinearCalls& calls) {
   const Weight& w = call.w;
   const int64_t rows = call.x.count, chunk = chunk_of(w, call.planes, kernels->vector_bytes);
   const int64_t chunks = (w.in_features + chunk - 1) / chunk, lanes = kernels->vector_bytes / 4;
-  const int64_t steps = call.planes == 1 ? 1 : chunks, row_codes = call.planes * chunks * chunk;
+  const int64_t steps = call.planes == 1 ? 1 : chunks;
+  // Rows a multiple of 4096 bytes apart would compete for the same lines of the first-level cache.
+  int64_t row_codes = call.planes * chunks * chunk;
+  if (row_codes >= 4096) row_codes = round_up(row_codes - 1536, 4096) + 1536;
   const int64_t row_lanes = parts_of(w.bits, call.planes) * chunks * lanes;
   Scratch scratch;
   auto* codes = scratch.take<int8_t>(rows * row_codes);
@@ -74,7 +77,7 @@ void few_rows(const LinearCalls& calls) {
                          row_sums + m);
   }
   const bool ones = call.asymmetric && w.groups > 1;
-  Activations a{rows,     call.planes, codes, sums,
+  Activations a{rows,     call.planes, codes, row_codes, sums,
                 row_sums, scale,       call.asymmetric ? zeros : nullptr,
                 ones ? sums_of_ones(w, natural, call.padded(), chunks, lanes, scratch) : nullptr};
   a.folded = ones && rows == 1 && zeros[0] != -128;  // whose negative is no code
@@ -145,7 +148,7 @@ void many_rows(const LinearCalls& calls, int64_t start, int64_t rows) {
                             sums.get() + t * tile_sums);
     }
   });
-  const Activations a{rows, call.planes, codes.get(), sums.get(), nullptr, scale.get(),
+  const Activations a{rows, call.planes, codes.get(), 0, sums.get(), nullptr, scale.get(),
                       call.asymmetric ? zeros.get() : nullptr, nullptr};
   for (const LinearCall& each : calls)
     each_panel(each.w, tiles, panel_bytes(each.w), [&](int64_t block, int64_t first, int64_t last, uint8_t* panel) {
