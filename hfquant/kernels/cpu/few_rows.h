@@ -8,6 +8,7 @@ constexpr int64_t NEAR_BYTES = 16 << 10;  // of activations that stay in a first
 
 // Bytes to prefetch ahead: the processor's own prefetcher stops at the end of each page. Behind the end of a short stream
 // much of it would be for nothing (the layers of SmolLM2, INT8: 6.8 ms with 8192, 6.5 ms with 2048; one thread, Zen 4).
+constexpr int64_t FAR_AHEAD = 24 << 10;  // with several rows of activations: 4096 x 4096 and 5632 x 2048 7 and 17 % faster than with 8192
 INLINE int64_t prefetch_ahead(int64_t stream_bytes) { return stream_bytes < 1 << 19 ? 2048 : 8192; }
 
 enum Mode { CHANNEL, CHANNEL_ZERO, GROUP, GROUP_ZERO };  // how scales and zero points go; CHANNEL_ZERO: of digits only
@@ -101,12 +102,12 @@ struct FewRows {
     for (int r = 0; r < R; r++) {
       const uint8_t* p = codes[r] + c * STEP;
       const V::I v = WHOLE ? V::load(p) : V::load_partial(p, left);
-      V::prefetch(p + (M == 1 ? ahead : 8192));  // with more rows there is no register left for it
+      V::prefetch(p + (M == 1 ? ahead : FAR_AHEAD));  // with more rows there is no register left for it
       low[r] = BITS == 4 ? V::low(v) : v;
       if (BITS == 4) high[r] = V::high(v);
       if (VECTORS == 2) {
         high[r] = WHOLE ? V::load(p + V::BYTES) : left > V::BYTES ? V::load_partial(p + V::BYTES, left - V::BYTES) : V::zero();
-        V::prefetch(p + V::BYTES + (M == 1 ? ahead : 8192));
+        V::prefetch(p + V::BYTES + (M == 1 ? ahead : FAR_AHEAD));
       }
       if (SHIFT != NONE && BITS == 4) both[r] = V::add_bytes(low[r], high[r]);
       if (SHIFT == BY_SUMS && INTEGER) V::add_up(weights[r], BITS == 4 ? both[r] : low[r]);
