@@ -18,6 +18,7 @@ from hfquant.numerics import affine
 from hfquant.numerics.packing import pack, unpack
 from tests.support.linear_case import DTYPES, KINDS, LinearCase
 from tests.support.processes import run_python
+from tests.support.straight_through import clipped
 from tests.support.tolerance import GRADIENT_FACTOR, assert_close
 
 
@@ -146,7 +147,7 @@ def straight_through_gradients(
     quotient = x.view(*scale.shape, -1) / scale.unsqueeze(-1)
     rounded = quotient + (quotient.float().round().to(x.dtype) - quotient).detach()
     shift = 0 if zero is None else zero.to(x.dtype)
-    values = ((rounded + shift).clamp(*affine.code_range(bits)) - shift) * scale.unsqueeze(-1)
+    values = (clipped(rounded + shift, bits) - shift) * scale.unsqueeze(-1)
     values.view_as(x).backward(upstream)
     return [x.grad, scale.grad]
 

@@ -15,6 +15,7 @@ from hfquant.numerics.straight_through import row_codes
 from hfquant.ptq.quantize_weight import quantize_weight
 from hfquant.schemes import WeightScheme
 from tests.support.linear_case import KINDS
+from tests.support.straight_through import clipped
 from tests.support.tolerance import GRADIENT_FACTOR, assert_close
 
 
@@ -99,8 +100,7 @@ def formula_gradients(grid: GridWeight, x: Tensor, grad: Tensor, bits: int, kind
 
 
 def _straight(x: Tensor, bits: int, shift: Tensor | float = 0.0) -> Tensor:
-    half = 1 << (bits - 1)
-    return (x + (torch.round(x) - x).detach() + shift).clamp(-half, half - 1)
+    return clipped(x + (torch.round(x) - x).detach() + shift, bits)
 
 
 @pytest.mark.parametrize("blend", [1.0, 0.5])

@@ -14,6 +14,7 @@ from hfquant.kernels.grid_weight import grid_weight
 from hfquant.nn.quant_linear import LINEAR_OPS
 from hfquant.numerics.affine import code_range, scale_from_bits, scale_to_bits
 from hfquant.numerics.packing import pack, unpack
+from tests.support.straight_through import clipped
 from tests.support.tolerance import GRADIENT_FACTOR, assert_close
 
 
@@ -84,7 +85,7 @@ class Case:
                 steps = steps + unpack(self.kept, bits=4, length=K).to(dtype) / 16
         if self.rounded:
             # the rounded steps are the op's own, so that a tie cannot fall to the other side in another dtype
-            steps = through(self.steps(), steps).clamp(*code_range(self.bits))
+            steps = clipped(through(self.steps(), steps), self.bits)
         else:
             scale = scale.detach()  # scales wait for the rounding
         if self.zero is not None:
@@ -109,7 +110,7 @@ class Case:
             return through(rounded, x / scale) * scale
         stored = scale_now(self.input_scale, self.trains["input_log_scale"])
         scale = learned(stored, given["input_log_scale"])
-        return through((self.trains["x"].float() / stored).round(), x / scale).clamp(-128, 127) * scale
+        return clipped(through((self.trains["x"].float() / stored).round(), x / scale), 8) * scale
 
     def current_scale(self) -> Tensor:
         return scale_now(self.scale, self.trains["log_scale"])

@@ -12,13 +12,14 @@ from hfquant.numerics.straight_through import (
     row_values,
     weight_gradients,
 )
+from tests.support.straight_through import clipped
 from tests.support.tolerance import assert_close
 
 
 def straight(x: Tensor, bits: int, shift: Tensor | float = 0.0) -> Tensor:
     """``clamp(round(x) + shift)`` whose gradient is 1 inside the range and 0 outside."""
     rounded = x + (torch.round(x) - x).detach() + shift
-    return rounded.clamp(*code_range(bits))
+    return clipped(rounded, bits)
 
 
 def case(bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
