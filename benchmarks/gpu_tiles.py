@@ -68,7 +68,7 @@ def packed(shapes: list[tuple[int, int]]) -> Iterator[Row]:
         rows = (8,) if m == 1 else (16,) if m == 16 else (16, 32, 64)
         for bn, bm, bk, stages in itertools.product((16, 32, 64, 128), rows, (64, 128, 256), (2, 3, 4, 6)):
             tile = own | {"BN": bn, "BM": bm, "BK": bk, "STAGES": stages, "EVEN": k % (own["S"] * bk) == 0}
-            with replaced(module, choose_tile=lambda *_, tile=tile: tile):
+            with replaced(module, choose_tile=lambda *_, tile=tile, **__: tile):
                 yield timed(case | {"tile": "other"} | tile, lambda: packed_time(n, k, x, bits, group))
 
 

@@ -34,8 +34,11 @@ class Built:
         return any(re.search(pattern, line) for line in self.instructions)
 
     def loop(self) -> list[str]:
-        """Instructions of the longest loop."""
-        return self.instructions[slice(*max(self._loops(), key=lambda span: span[1] - span[0], default=(0, 0)))]
+        """Instructions of the longest loop; a wait that stands behind the end of the program and jumps back is none."""
+        return max((s for s in map(self._within, self._loops()) if "EXIT" not in s), key=len, default=[])
+
+    def _within(self, span: tuple[int, int]) -> list[str]:
+        return self.instructions[slice(*span)]
 
     def _loops(self) -> list[tuple[int, int]]:
         labels, spans = {}, []
@@ -78,7 +81,7 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], capability: int, **op
         file.flush()
         usage, listing = (_tool(*command, file.name) for command in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "LOCAL"))
-    lines = re.findall(r"^\s*(?:/\*[0-9a-f]{4,}\*/\s+(.*?);|(\.L_x_\d+:))", listing, flags=re.MULTILINE)
+    lines = re.findall(r"^\s*(?:/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;|(\.L_x_\d+:))", listing, flags=re.MULTILINE)
     instructions = [instruction or label for instruction, label in lines]
     return Built(registers, stack + local, built.metadata.shared, instructions, built.asm["ptx"])
 

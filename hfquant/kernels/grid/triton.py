@@ -44,84 +44,75 @@ def load_zero_point(pointer, group, mask, BITS: tl.constexpr):
 
 
 @triton.jit
-def _nibble(w, J: tl.constexpr, DTYPE: tl.constexpr):
-    nibble = (w >> (4 * J)) & 0xF
-    if tl.float16 == DTYPE:
-        codes = (nibble | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1032.0
+def nibble_codes(w, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Codes (-8 to 7) of nibble ``J`` of each int16 of ``w``, the least significant first, in ``DTYPE``.
+
+    A nibble becomes the last bits of a float between 128 and 144 (bfloat16) or 1024 and 1040 (float16), from which
+    136 or 1032 is taken: exact, and two weights for each instruction (Kim et al. 2022, https://arxiv.org/abs/2211.10017).
+    Each nibble is a text of its own: of one with four results, Triton 3.8 sends three through shared memory.
+    """
+    if not ASM:
+        nibble = (w >> (4 * J)) & 0xF
+        if tl.float16 == DTYPE:
+            codes = (nibble | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1032.0
+        else:
+            codes = (nibble | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - 136.0
+    elif tl.float16 == DTYPE:
+        codes = tl.inline_asm_elementwise(
+            asm=f"""{{
+            .reg .b32 a, off;
+            mov.b32 off, 0x64086408;
+            shr.u32 a, $1, {4 * J};
+            lop3.b32 a, a, 0x000f000f, 0x64006400, 0xea;
+            sub.rn.f16x2 $0, a, off;
+            }}""",
+            constraints="=r,r",
+            args=[w],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
     else:
-        codes = (nibble | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - 136.0
+        codes = tl.inline_asm_elementwise(
+            asm=f"""{{
+            .reg .b32 a, one, off;
+            mov.b32 one, 0x3f803f80;
+            mov.b32 off, 0xc308c308;
+            shr.u32 a, $1, {4 * J};
+            lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
+            fma.rn.bf16x2 $0, a, one, off;
+            }}""",
+            constraints="=r,r",
+            args=[w],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
     return codes
 
 
 @triton.jit
-def _nibbles_float16(w):
-    """The four codes of each int16, by assembly: two weights for each instruction."""
-    return tl.inline_asm_elementwise(
-        asm="""{
-        .reg .b32 a, b, c, d, off;
-        mov.b32 off, 0x64086408;
-        shr.u32 b, $4, 4;
-        shr.u32 c, $4, 8;
-        shr.u32 d, $4, 12;
-        lop3.b32 a, $4, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 b, b, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 c, c, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 d, d, 0x000f000f, 0x64006400, 0xea;
-        sub.rn.f16x2 $0, a, off;
-        sub.rn.f16x2 $1, b, off;
-        sub.rn.f16x2 $2, c, off;
-        sub.rn.f16x2 $3, d, off;
-        }""",
-        constraints="=r,=r,=r,=r,r",
-        args=[w],
-        dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-        is_pure=True,
-        pack=2,
-    )
+def signed_codes(w, ASM: tl.constexpr, SWAP: tl.constexpr = False):
+    """Codes of stored INT8 bytes ``w``, whose sign bits are flipped; four for each instruction.
 
-
-@triton.jit
-def _nibbles_bfloat16(w):
-    """The same in bfloat16."""
-    return tl.inline_asm_elementwise(
-        asm="""{
-        .reg .b32 a, b, c, d, one, off;
-        mov.b32 one, 0x3f803f80;
-        mov.b32 off, 0xc308c308;
-        shr.u32 b, $4, 4;
-        shr.u32 c, $4, 8;
-        shr.u32 d, $4, 12;
-        lop3.b32 a, $4, 0x000f000f, 0x43004300, 0xea;
-        lop3.b32 b, b, 0x000f000f, 0x43004300, 0xea;
-        lop3.b32 c, c, 0x000f000f, 0x43004300, 0xea;
-        lop3.b32 d, d, 0x000f000f, 0x43004300, 0xea;
-        fma.rn.bf16x2 $0, a, one, off;
-        fma.rn.bf16x2 $1, b, one, off;
-        fma.rn.bf16x2 $2, c, one, off;
-        fma.rn.bf16x2 $3, d, one, off;
-        }""",
-        constraints="=r,=r,=r,=r,r",
-        args=[w],
-        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def unpack_nibbles(w, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """The four codes (-8 to 7) in each int16 of ``w``, least significant first, as four tensors of ``DTYPE``.
-
-    A nibble becomes the last bits of a float between 128 and 144 (bfloat16) or 1024 and 1040 (float16), from which
-    136 or 1032 is taken: exact, and two weights for each instruction (Kim et al. 2022, https://arxiv.org/abs/2211.10017).
+    Triton 3.8 flips byte by byte where it is not told otherwise. And it copies codes that two products take to shared
+    memory for the second: with ``SWAP`` they come from another text, and become the same registers in the assembler.
     """
     if not ASM:
-        a, b, c, d = _nibble(w, 0, DTYPE), _nibble(w, 1, DTYPE), _nibble(w, 2, DTYPE), _nibble(w, 3, DTYPE)
-    elif tl.float16 == DTYPE:
-        a, b, c, d = _nibbles_float16(w)
+        codes = w ^ -128
     else:
-        a, b, c, d = _nibbles_bfloat16(w)
-    return a, b, c, d
+        codes = tl.inline_asm_elementwise(
+            asm="xor.b32 $0, $2, $1;" if SWAP else "xor.b32 $0, $1, $2;",
+            constraints="=r,r,r",
+            args=[
+                w,
+                tl.full(w.shape, -128, tl.int8),
+            ],  # a word of its own: with one operand, sm_80 would prefetch bytes
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return codes
 
 
 @triton.jit

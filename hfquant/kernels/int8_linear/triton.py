@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfquant.kernels.grid.triton import processors, rows_of
+from hfquant.kernels.grid.triton import INTERPRETED, processors, rows_of, signed_codes
 from hfquant.kernels.int4_linear.triton import QuantizedRows, float_matmul, quantize_activations
 from hfquant.kernels.packed_matmul.triton import SLICES
 from hfquant.numerics.packing import PackedWeight
@@ -41,6 +41,7 @@ def _store_scaled(acc, sw_ptr, sx_ptr, bias_ptr, out_ptr, n, m, row, token, M, N
 def int8_few_rows_kernel(
     x_ptr, w_ptr, sw_ptr, sx_ptr, zx_ptr, bias_ptr, out_ptr, M, N, K, WIDTH,
     S: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """``S`` warps share a tile and take ``BK`` inputs each, as in ``packed_matmul``; int32 sums are exact."""
     n, m = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
@@ -54,10 +55,12 @@ def int8_few_rows_kernel(
         else:
             w = tl.load(w_at + i * (S * BK), mask=i * (S * BK) + k < WIDTH, other=0)
             x = tl.load(x_at + i * (S * BK), mask=i * (S * BK) + k < K, other=0)
-        acc = tl.dot(w ^ -128, tl.trans(x, 0, 2, 1), acc, out_dtype=tl.int32)
+        acc = tl.dot(signed_codes(w, ASM), tl.trans(x, 0, 2, 1), acc, out_dtype=tl.int32)
         if zx_ptr is not None:
-            ones = tl.broadcast_to((i * (S * BK) + tl.trans(k, 0, 2, 1) < K).to(tl.int8), (S, BK, 16))
-            sums = tl.dot(w ^ -128, ones, sums, out_dtype=tl.int32)
+            ones = tl.full((S, BK, 16), 1, tl.int8)
+            if not EVEN:
+                ones = tl.broadcast_to((i * (S * BK) + tl.trans(k, 0, 2, 1) < K).to(tl.int8), (S, BK, 16))
+            sums = tl.dot(signed_codes(w, ASM, SWAP=True), ones, sums, out_dtype=tl.int32)
     total = tl.sum(acc, 0)
     if zx_ptr is not None:
         total = _without_zero(total, tl.max(tl.sum(sums, 0), 1), zx_ptr, token)
@@ -80,6 +83,7 @@ def weight_sums_kernel(w_ptr, sums_ptr, WIDTH, K, BK: tl.constexpr):
 def int8_many_rows_kernel(
     x_ptr, w_ptr, sw_ptr, sx_ptr, zx_ptr, sums_ptr, bias_ptr, out_ptr, M, N, K, WIDTH,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """One tile a program; bands of ``BAND`` tiles of outputs share rows of x in the L2 cache."""
     tiles_n, tiles_m = tl.cdiv(N, BN), tl.cdiv(M, BM)
@@ -97,10 +101,12 @@ def int8_many_rows_kernel(
         else:
             w = tl.load(w_at + i * BK, mask=i * BK + k[None, :] < WIDTH, other=0)
             x = tl.load(x_at + i * BK, mask=i * BK + k[:, None] < K, other=0)
-        acc = tl.dot(w ^ -128, x, acc, out_dtype=tl.int32)
+        acc = tl.dot(signed_codes(w, ASM), x, acc, out_dtype=tl.int32)
         if zx_ptr is not None and sums_ptr is None:
-            ones = tl.broadcast_to((i * BK + k[:, None] < K).to(tl.int8), (BK, 16))
-            sums = tl.dot(w ^ -128, ones, sums, out_dtype=tl.int32)
+            ones = tl.full((BK, 16), 1, tl.int8)
+            if not EVEN:
+                ones = tl.broadcast_to((i * BK + k[:, None] < K).to(tl.int8), (BK, 16))
+            sums = tl.dot(signed_codes(w, ASM, SWAP=True), ones, sums, out_dtype=tl.int32)
     if sums_ptr is not None:
         acc = _without_zero(acc, tl.load(sums_ptr + row), zx_ptr, token)
     elif zx_ptr is not None:
@@ -130,7 +136,8 @@ def int8_matmul(activations: QuantizedRows, packed: PackedWeight, bias: Tensor |
             arguments.append(None if row_zero is None or m <= SUMMED_ROWS else weight_sums(weight, k))
         # Without fusion of products and sums the bias is added to what the reference adds it to.
         kernel[grid](
-            *arguments, bias, out, m, n, k, weight.shape[-1], **tile, num_warps=warps, enable_fp_fusion=False
+            *arguments, bias, out, m, n, k, weight.shape[-1], ASM=not INTERPRETED, **tile, num_warps=warps,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return out
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfquant.kernels.grid.triton import INTERPRETED, load_zero_point, processors, unpack_nibbles
+from hfquant.kernels.grid.triton import INTERPRETED, load_zero_point, nibble_codes, processors, signed_codes
 from hfquant.numerics.packing import PackedWeight
 
 
@@ -44,7 +44,8 @@ def _nibble_products(w, x, scale, zero, PRE: tl.constexpr, ASM: tl.constexpr):
     x02, x13 = tl.split(tl.reshape(x, (S, x.shape[1], E, 2, 2)))
     x0, x2 = tl.split(x02)
     x1, x3 = tl.split(x13)
-    w0, w1, w2, w3 = unpack_nibbles(w, x.dtype, ASM)
+    w0, w1 = nibble_codes(w, 0, x.dtype, ASM), nibble_codes(w, 1, x.dtype, ASM)
+    w2, w3 = nibble_codes(w, 2, x.dtype, ASM), nibble_codes(w, 3, x.dtype, ASM)
     if PRE:
         w0, w1 = _weights(w0, scale, zero), _weights(w1, scale, zero)
         w2, w3 = _weights(w2, scale, zero), _weights(w3, scale, zero)
@@ -64,7 +65,7 @@ def _products(w, x, zero, z_ptr, BITS: tl.constexpr, ASM: tl.constexpr):
             unsigned = w.to(tl.uint8, bitcast=True).to(tl.uint16)
             codes = (unsigned | 0x6400).to(tl.float16, bitcast=True) - 1152.0  # 1024 + code + 128
         else:
-            codes = (w ^ -128).to(x.dtype)
+            codes = signed_codes(w, ASM).to(x.dtype)
         products = tl.dot(codes, tl.trans(x, 0, 2, 1))
     if z_ptr is not None:
         products -= zero * tl.sum(x.to(tl.float32), 2)[:, None, :]
@@ -189,7 +190,8 @@ def packed_matmul(
     if out.numel() == 0:
         return out
     experts = 0 if expert_ends is None else len(expert_ends)
-    tile = choose_tile(n * max(experts, 1), m // max(experts, 1), k, k // groups if groups > 1 else 0, bits, x.device)
+    size, asymmetric = k // groups if groups > 1 else 0, zero_point is not None
+    tile = choose_tile(n * max(experts, 1), m // max(experts, 1), k, size, bits, x.device, asymmetric=asymmetric)
     grid = (triton.cdiv(n, tile["BN"]), triton.cdiv(m, tile["BM"]) + experts)
     units = weight.contiguous().view(torch.int16 if bits == 4 else torch.int8)
     zero_words = 0 if zero_point is None else zero_point.shape[-1]
@@ -202,14 +204,17 @@ def packed_matmul(
     return out
 
 
-def choose_tile(n: int, m: int, k: int, group: int, bits: int, device: torch.device) -> dict[str, int | bool]:
+def choose_tile(
+    n: int, m: int, k: int, group: int, bits: int, device: torch.device, *, asymmetric: bool = False
+) -> dict[str, int | bool]:
     """Tile for ``m`` rows and ``n`` outputs: as many rows of the weight as still give every processor work.
 
     Sizes were measured on an H200 (benchmarks/gpu_tiles.py); they neither spill nor exceed shared memory on any target
     (tests/kernels/test_triton_compile.py).
     """
     bm = 8 if m <= 8 else 16 if m <= 16 else 32
-    bk = 64 if bm == 32 or group == 64 else 128
+    # Zero points of short groups: wider steps spill with Triton 3.6 and exceed small cards with 3.8.
+    bk = 64 if bm == 32 or group == 64 or (asymmetric and 0 < group <= 32) else 128
     if bits == 8 and 0 < group < bk:
         bk = group
     bn = 64
