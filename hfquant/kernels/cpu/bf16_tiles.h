@@ -84,12 +84,15 @@ void arrange_bf16(const uint16_t* rows, int64_t depth, uint16_t* out) {
 
 // Sums of ROWS rows and two vectors of columns over `pairs` pairs of inputs.
 template <int ROWS>
-INLINE void multiply_bf16(const uint8_t* panel, const uint16_t* x, int64_t pairs, __m512 (&total)[ROWS][2]) {
+INLINE void multiply_bf16(const uint8_t* panel, const uint16_t* x, int64_t pairs, NextBlock& block,
+                          __m512 (&total)[ROWS][2]) {
 #pragma GCC unroll 12
   for (int m = 0; m < ROWS; m++) total[m][0] = total[m][1] = V::zerof();
+  NextBlock next = block;  // in registers
   for (int64_t q = 0; q < pairs; q++, panel += BLOCK * 4, x += TILE * 2) {
     const __m512i a = V::load(panel), b = V::load(panel + V::BYTES);
     V::prefetch((const char*)x + AHEAD);
+    next.fetch_line();
 #pragma GCC unroll 12
     for (int m = 0; m < ROWS; m++) {
       const __m512i pair = V::quad(x + m * 2);
@@ -98,11 +101,12 @@ INLINE void multiply_bf16(const uint8_t* panel, const uint16_t* x, int64_t pairs
       __asm__("vdpbf16ps %2, %1, %0" : "+v"(total[m][1]) : "v"(b), "v"(pair));
     }
   }
+  block = next;
 }
 
 // ROWS rows of a tile, from row `first` on; with several groups half a register tile, the other half takes their sums.
 template <int ROWS>
-void bf16_tile(const Weight& w, const uint8_t* panel, const uint16_t* x, int first, float* values) {
+void bf16_tile(const Weight& w, const uint8_t* panel, const uint16_t* x, int first, NextBlock& next, float* values) {
   const int64_t depth = panel_depth(w), length = w.groups == 1 ? depth / 2 : w.in_features / w.groups / 2;
   const float* scales = (const float*)(panel + depth * BLOCK * 2);
   __m512 value[ROWS][2];
@@ -112,7 +116,7 @@ void bf16_tile(const Weight& w, const uint8_t* panel, const uint16_t* x, int fir
   for (int m = 0; m < ROWS; m++) value[m][0] = value[m][1] = V::zerof();
   for (int64_t g = 0; g < w.groups; g++, panel += length * BLOCK * 4, x += length * TILE * 2) {
     __m512 total[ROWS][2];
-    multiply_bf16<ROWS>(panel, x, length, total);
+    multiply_bf16<ROWS>(panel, x, length, next, total);
     const __m512 low = V::loadf(scales + g * BLOCK), high = V::loadf(scales + g * BLOCK + V::LANES);
 #pragma GCC unroll 12
     for (int m = 0; m < ROWS; m++) {
@@ -131,19 +135,18 @@ void bf16_tiles(const Weight& w, const Bf16Rows& x, const Output& out, int64_t b
                 const uint8_t* panel) {
   const int64_t start = block * BLOCK;
   const int count = w.rows - start < BLOCK ? int(w.rows - start) : BLOCK;
-  const NextBlock next(w, block, last - first);
+  NextBlock next(w, block, (last - first) * (panel_depth(w) / 2) * (w.groups == 1 ? 1 : 2));
   alignas(64) float values[TILE * BLOCK];
   for (int64_t t = first; t < last; t++) {
-    next.fetch(t - first);
     const uint16_t* tile = x.pairs + t * panel_depth(w) * TILE;
     const int64_t left = x.rows - t * TILE;
     if (w.groups == 1)
       with_rows<TILE>(left, [&](auto rows) __attribute__((always_inline)) {
-        bf16_tile<rows()>(w, panel, tile, 0, values);
+        bf16_tile<rows()>(w, panel, tile, 0, next, values);
       });
     for (int half = 0; w.groups > 1 && half < 2 && left > half * HALF; half++)
       with_rows<HALF>(left - half * HALF, [&](auto rows) __attribute__((always_inline)) {
-        bf16_tile<rows()>(w, panel, tile, half * HALF, values);
+        bf16_tile<rows()>(w, panel, tile, half * HALF, next, values);
       });
     for (int m = 0; m < TILE && t * TILE + m < x.rows; m++) store_row(out, t * TILE + m, start, count, values + m * BLOCK);
   }

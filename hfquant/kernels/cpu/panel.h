@@ -118,20 +118,25 @@ void pack_panel(const Weight& w, int64_t block, uint8_t* panel) {
   sum_columns(w, panel, zeros, zeros + w.groups * BLOCK);
 }
 
-// The codes of the block behind one that is being multiplied: they come into the cache meanwhile, a part with each tile.
+// The codes of the block behind one that is being multiplied: they come into the cache meanwhile, a few with each of
+// `products`. All at once they would keep other loads waiting.
 struct NextBlock {
-  const uint8_t* codes;
-  int64_t bytes, share;
+  const uint8_t* codes = nullptr;
+  int64_t lines = 0, step = 0;  // for each product, and bytes from one to the next
 
-  NextBlock(const Weight& w, int64_t block, int64_t tiles) {
-    const int64_t start = (block + 1) * BLOCK;
-    codes = w.codes + start * w.row_bytes;
-    bytes = w.rows - start >= BLOCK ? BLOCK * w.row_bytes : 0;
-    share = round_up(bytes / tiles + 1, 64);
+  NextBlock() = default;
+  NextBlock(const Weight& w, int64_t block, int64_t products) {
+    const int64_t start = (block + 1) * BLOCK, bytes = w.rows - start >= BLOCK ? BLOCK * w.row_bytes : 0;
+    codes = w.codes + (bytes ? start * w.row_bytes : 0);
+    lines = bytes / (64 * products) + 1;
+    step = (bytes + lines * products - 1) / (lines * products);
   }
-  INLINE void fetch(int64_t part) const {
-    const int64_t from = part * share, to = from + share < bytes ? from + share : bytes;
-    for (int64_t i = from; i < to; i += 64) V::prefetch(codes + i);
+  INLINE void fetch_line() {
+    V::prefetch(codes);
+    codes += step;
+  }
+  INLINE void fetch() {
+    for (int64_t i = 0; i < lines; i++) fetch_line();
   }
 };
 

@@ -3,19 +3,22 @@
 namespace {
 
 // Integer sums of ROWS rows and two vectors of columns over `quads` quads. `sums` start them (ZERO: correct them).
-// NEXT: of the next digit, on top of 256 times what is there.
+// NEXT: of the next digit, on top of 256 times what is there. A line of `block`, if there is one, is fetched with each quad.
 template <bool ZERO, int ROWS, bool NEXT = false>
 INLINE void multiply(const uint8_t* panel, const int8_t* x, int64_t quads, const int32_t* sums, const int32_t* zero,
-                     V::I (&total)[ROWS][2]) {
+                     V::I (&total)[ROWS][2], NextBlock* block = nullptr) {
 #pragma GCC unroll 12
   for (int m = 0; m < ROWS; m++) {
     const V::I start = ZERO ? V::zero() : V::set(sums[m]);
     total[m][0] = NEXT ? V::add(V::times256(total[m][0]), start) : start;
     total[m][1] = NEXT ? V::add(V::times256(total[m][1]), start) : start;
   }
+  NextBlock next{};  // in registers
+  if (block) next = *block;
   for (int64_t q = 0; q < quads; q++, panel += BLOCK * 4, x += TILE * 4) {
     const V::I a = V::load(panel), b = V::load(panel + V::BYTES);
     V::prefetch((const char*)x + AHEAD);
+    if (block) next.fetch_line();
 #pragma GCC unroll 12
     for (int m = 0; m < ROWS; m++) {
       const V::I quad = V::quad(x + m * 4);
@@ -23,6 +26,7 @@ INLINE void multiply(const uint8_t* panel, const int8_t* x, int64_t quads, const
       V::dot(total[m][1], b, quad);
     }
   }
+  if (block) *block = next;
   if (ZERO)
 #pragma GCC unroll 12
     for (int m = 0; m < ROWS; m++) {
@@ -34,9 +38,9 @@ INLINE void multiply(const uint8_t* panel, const int8_t* x, int64_t quads, const
 // One scale for the whole row of the weight: a full register tile of integers, scaled once.
 template <bool ZERO, int ROWS>
 void tile_of_channels(const uint8_t* panel, const int8_t* x, int64_t quads, const int32_t* sums, const float* scale,
-                      const int32_t* zero, const int32_t* x_zeros, const int32_t* code_sums, float* values) {
+                      const int32_t* zero, const int32_t* x_zeros, const int32_t* code_sums, NextBlock& next, float* values) {
   V::I total[ROWS][2];
-  multiply<ZERO, ROWS>(panel, x, quads, sums, zero, total);
+  multiply<ZERO, ROWS>(panel, x, quads, sums, zero, total, &next);
   if (x_zeros)
 #pragma GCC unroll 12
     for (int m = 0; m < ROWS; m++) {
@@ -53,7 +57,7 @@ void tile_of_channels(const uint8_t* panel, const int8_t* x, int64_t quads, cons
 // Segments with scales of their own: half a register tile of integers, the other half float sums.
 template <bool ZERO, bool DIGITS, bool SHIFT, int ROWS>
 void tile_of_segments(const Weight& w, const Activations& a, int64_t t, int half, const uint8_t* panel, int column,
-                      float* values) {
+                      NextBlock& block, float* values) {
   const int64_t depth = panel_depth(w), quads = depth / 4, segments = segments_of(w, a.planes);
   const int64_t length = segments == 1 ? quads : segment_of(w, a.planes) / 4, sharing = segments / w.groups;
   const float* scales = (const float*)(panel + depth * BLOCK) + column;
@@ -72,6 +76,7 @@ void tile_of_segments(const Weight& w, const Activations& a, int64_t t, int half
     const float factor = last == 0 ? 1.0f : last == 1 ? 0x1p-8f : 0x1p-16f;
     for (int64_t i = 0, g = 0, share = sharing; i < segments; i++, sums += TILE) {
       const int64_t q = i * length, n = quads - q < length ? quads - q : length;
+      block.fetch();
       V::I total[ROWS][2];
       multiply<ZERO, ROWS>(panel + (q * BLOCK + column) * 4, x + q * TILE * 4, n, sums, zeros + g * BLOCK, total);
       if (DIGITS && !ZERO)
@@ -126,21 +131,22 @@ void tile_block(const Weight& w, const Activations& a, const Output& out, int64_
   const int32_t* zeros = (const int32_t*)(scales + w.groups * BLOCK);
   const int32_t* code_sums = zeros + w.groups * BLOCK;
   const int count = w.rows - start < BLOCK ? int(w.rows - start) : BLOCK;
-  const NextBlock next(w, block, last - first);
+  const bool channels = !DIGITS && w.groups == 1;
+  const int64_t products = channels ? depth / 4 : 2 * segments_of(w, a.planes) * a.planes;  // of a tile and two vectors
+  NextBlock next(w, block, (last - first) * (BLOCK / (2 * V::LANES)) * products);
   alignas(64) float values[TILE * BLOCK];
   for (int64_t t = first; t < last; t++) {
-    next.fetch(t - first);
     for (int column = 0; column < BLOCK; column += 2 * V::LANES)
-      if (!DIGITS && w.groups == 1) {
+      if (channels) {
         with_rows<TILE>(a.rows - t * TILE, [&](auto rows) __attribute__((always_inline)) {
           tile_of_channels<ZERO, rows()>(panel + column * 4, a.codes + t * depth * TILE, depth / 4, a.sums + t * TILE,
                                          scales + column, zeros + column, SHIFT ? a.zeros + t * TILE : nullptr,
-                                         code_sums + column, values + column);
+                                         code_sums + column, next, values + column);
         });
       } else {
         for (int half = 0; half < 2 && a.rows > t * TILE + half * HALF; half++)
           with_rows<HALF>(a.rows - t * TILE - half * HALF, [&](auto rows) __attribute__((always_inline)) {
-            tile_of_segments<ZERO, DIGITS, SHIFT, rows()>(w, a, t, half, panel, column, values + column);
+            tile_of_segments<ZERO, DIGITS, SHIFT, rows()>(w, a, t, half, panel, column, next, values + column);
           });
       }
     for (int m = 0; m < TILE && t * TILE + m < a.rows; m++)
