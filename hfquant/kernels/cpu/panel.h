@@ -57,10 +57,11 @@ void sum_columns(const Weight& w, const uint8_t* panel, const int32_t* zeros, in
 }
 
 // Word `i` of each row, from a panel's column on, in the place of quad 0 (of quads 0 and 1: INT4).
-INLINE void store_word(V::I v, int bits, int64_t i, uint8_t* panel) {
-  uint8_t* to = panel + i * (8 / bits) * BLOCK * 4;
-  V::store(to, bits == 4 ? V::low(v) : v);
-  if (bits == 4) V::store(to + BLOCK * 4, V::high(v));
+template <int BITS>
+INLINE void store_word(V::I v, int64_t i, uint8_t* panel) {
+  uint8_t* to = panel + i * (8 / BITS) * BLOCK * 4;
+  V::store(to, BITS == 4 ? V::low(v) : v);
+  if (BITS == 4) V::store(to + BLOCK * 4, V::high(v));
 }
 
 // Calls `store(column, i, words)` with word `i` of the rows `column`, `column + 1`, ... of a block; past the last row it is
@@ -109,9 +110,12 @@ INLINE void pack_scales(const Weight& w, int64_t block, float* scales) {
 // A panel: unsigned codes [K / 4, BLOCK, 4], float scales [groups, BLOCK], int32 zero points [groups, BLOCK], sums likewise.
 void pack_panel(const Weight& w, int64_t block, uint8_t* panel) {
   const int64_t depth = panel_depth(w);
-  each_word(w, block, [&](int column, int64_t i, V::I word) __attribute__((always_inline)) {
-    store_word(word, w.bits, i, panel + column * 4);
-  });
+  const auto store_as = [&](auto bits) __attribute__((always_inline)) {
+    each_word(w, block, [&](int column, int64_t i, V::I word) __attribute__((always_inline)) {
+      store_word<bits()>(word, i, panel + column * 4);
+    });
+  };
+  w.bits == 4 ? store_as(Count<4>()) : store_as(Count<8>());
   float* scales = (float*)(panel + depth * BLOCK);
   pack_scales(w, block, scales);
   int32_t* zeros = (int32_t*)(scales + w.groups * BLOCK);
